@@ -1,0 +1,90 @@
+// The 4-bit data types: one struct each with its table, its encode and its decode, for host and device.
+//
+// Layout of packed weights: element 2j is the high nibble of byte j, element 2j+1 the low one; the last low nibble of
+// an odd count holds the code of 0. absmax[i] = max |w| over block i, float32; a value is code * absmax.
+// Double quantization: absmax itself as uint8 codes, absmax[i] = nested_code[codes[i]] * nested_absmax[i / 256] +
+// offset.
+#pragma once
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__) || defined(PYQLORA_EMULATION)
+#define PYQLORA_HD __host__ __device__ __forceinline__
+#else
+#define PYQLORA_HD inline
+#endif
+
+namespace pyqlora {
+
+enum class QuantType : uint8_t { nf4, fp4 };
+
+inline QuantType quant_type(const std::string& text) {
+    if (text == "nf4") return QuantType::nf4;
+    if (text == "fp4") return QuantType::fp4;
+    throw std::invalid_argument("quant_type: expected 'nf4' or 'fp4', got '" + text + "'");
+}
+
+// A type's `values` are its codes in index order. To encode x (already divided by absmax and clamped to [-1, 1]): count
+// the `bounds` that are below x; `order` turns that rank into the code. The bounds are the float32 midpoints of
+// neighbouring values. NaN is below nothing, so it gets rank 0 unless a kernel says otherwise.
+struct Nf4 {
+    static constexpr QuantType type = QuantType::nf4;
+    static constexpr float values[16] = {
+        -1.0f,
+        -0.6961928009986877f,
+        -0.5250730514526367f,
+        -0.39491748809814453f,
+        -0.28444138169288635f,
+        -0.18477343022823334f,
+        -0.09105003625154495f,
+        0.0f,
+        0.07958029955625534f,
+        0.16093020141124725f,
+        0.24611230194568634f,
+        0.33791524171829224f,
+        0.44070982933044434f,
+        0.5626170039176941f,
+        0.7229568362236023f,
+        1.0f,
+    };
+    static constexpr float bounds[15] = {
+        -0.8480963706970215f,  -0.6106328964233398f,  -0.4599952697753906f,   -0.33967941999435425f,
+        -0.23460739850997925f, -0.13791173696517944f, -0.045525018125772476f, 0.03979014977812767f,
+        0.120255246758461f,    0.2035212516784668f,   0.2920137643814087f,    0.3893125355243683f,
+        0.5016634464263916f,   0.6427869200706482f,   0.8614784479141235f,
+    };
+    static constexpr uint8_t order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+
+// Sign in bit 3; magnitudes are not in code order. Code 8 is a positive zero.
+struct Fp4 {
+    static constexpr QuantType type = QuantType::fp4;
+    static constexpr float values[16] = {
+        0.0f,
+        0.0052083334885537624f,
+        0.6666666865348816f,
+        1.0f,
+        0.3333333432674408f,
+        0.5f,
+        0.1666666716337204f,
+        0.25f,
+        0.0f,
+        -0.0052083334885537624f,
+        -0.6666666865348816f,
+        -1.0f,
+        -0.3333333432674408f,
+        -0.5f,
+        -0.1666666716337204f,
+        -0.25f,
+    };
+    static constexpr float bounds[15] = {
+        -0.8333333730697632f,   -0.5833333730697632f, -0.4166666865348816f,    -0.2916666865348816f,
+        -0.2083333432674408f,   -0.0859375f,          -0.0026041667442768812f, 0.0f,
+        0.0026041667442768812f, 0.0859375f,           0.2083333432674408f,     0.2916666865348816f,
+        0.4166666865348816f,    0.5833333730697632f,  0.8333333730697632f,
+    };
+    static constexpr uint8_t order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+};
+
+}  // namespace pyqlora
