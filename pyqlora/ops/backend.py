@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from pyqlora import _C
+try:
+    from pyqlora import _C
+except ImportError as error:
+    raise ImportError(
+        "pyqlora's compiled extension is not beside its Python files. In a source checkout: install the package "
+        "(pip install .) and run from another directory, or build it in place "
+        "(cmake -S . -B build -G Ninja && cmake --build build)."
+    ) from error
 
 _override: Any = None
 
