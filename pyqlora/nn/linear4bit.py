@@ -1,0 +1,134 @@
+"""Linear layers whose weight is stored in 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyqlora.nn.params4bit import Params4bit
+from pyqlora.ops.linear_4bit import linear_4bit
+from pyqlora.quant import PACKED_KEY, packed_bytes
+
+
+class Linear4bit(torch.nn.Linear):
+    """`torch.nn.Linear` with a weight of 4 bits per element, quantized when the layer is moved to a device.
+
+    Load float weights, then move: `layer.load_state_dict(float_state); layer.to("cpu")`. A state_dict with quantized
+    weights, of this layer or of bitsandbytes, loads as it is. (QLoRA, https://arxiv.org/abs/2305.14314)
+
+    Args:
+        input_features: K, the columns of the weight.
+        output_features: N, its rows.
+        bias: add a bias.
+        compute_dtype: inputs are cast to it and results back; None computes in the dtype of the input.
+        compress_statistics: quantize the block scales too (double quantization).
+        quant_type: "fp4" or "nf4".
+        quant_storage: dtype whose memory holds the packed bytes.
+        device: where the float weight is made; "meta" makes none.
+    """
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_type: str = "fp4",
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(input_features, output_features, bias, device)
+        self.weight = Params4bit(
+            self.weight.data,
+            compress_statistics=compress_statistics,
+            quant_type=quant_type,
+            quant_storage=quant_storage,
+            module=self,
+        )
+        self.compute_dtype = compute_dtype
+        self.quant_storage = quant_storage
+        self.quant_state = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ W.T + bias` for x [..., K], in x's dtype.
+
+        Raises:
+            ValueError: the weight is not quantized yet.
+        """
+        weight = self._parameters["weight"]
+        state = getattr(weight, "quant_state", None) or self.quant_state  # FSDP leaves a plain parameter: ours then
+        if state is None:
+            raise ValueError(
+                f"{type(self).__name__} is not quantized yet: move it to a device first, e.g. layer.to('cpu')"
+            )
+        dtype = x.dtype
+        if self.compute_dtype is not None and dtype != self.compute_dtype:
+            x = x.to(self.compute_dtype)
+        y = linear_4bit(
+            x,
+            packed_bytes(weight),
+            *state.scales(),
+            state.blocksize,
+            state.quant_type,
+            state.shape,
+            self._parameters["bias"],
+        )
+        return y if y.dtype == dtype else y.to(dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None) or self.quant_state
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        start = f"{prefix}weight."
+        entries = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        if any(key.startswith(PACKED_KEY) for key in entries):
+            packed = state_dict[f"{prefix}weight"]
+            device = packed.device if self.weight.device.type == "meta" else self.weight.device
+            self.weight = Params4bit.from_prequantized(packed, entries, device=device, module=self)
+            self.quant_storage = packed.dtype
+            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(start)}
+            state_dict[f"{prefix}weight"] = self.weight
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LinearFP4(Linear4bit):
+    """`Linear4bit` with quant_type "fp4"."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "fp4", quant_storage, device
+        )
+
+
+class LinearNF4(Linear4bit):
+    """`Linear4bit` with quant_type "nf4", whose values are the quantiles of a normal distribution."""
+
+    def __init__(
+        self,
+        input_features: int,
+        output_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        compress_statistics: bool = True,
+        quant_storage: torch.dtype = torch.uint8,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(
+            input_features, output_features, bias, compute_dtype, compress_statistics, "nf4", quant_storage, device
+        )
