@@ -1,0 +1,1 @@
+"""Where pyqlora meets other libraries; each is imported only when its module is."""
