@@ -25,9 +25,9 @@ inline QuantType quant_type(const std::string& text) {
     throw std::invalid_argument("quant_type: expected 'nf4' or 'fp4', got '" + text + "'");
 }
 
-// A type's `values` are its codes in index order. To encode x (already divided by absmax and clamped to [-1, 1]): count
-// the `bounds` that are below x; `order` turns that rank into the code. The bounds are the float32 midpoints of
-// neighbouring values. NaN is below nothing, so it gets rank 0 unless a kernel says otherwise.
+// A type's `values` are its codes in index order. To encode x (already divided by absmax): count the `bounds` that are
+// below x; `order` turns that rank into the code. The bounds are the float32 midpoints of neighbouring values. "Below"
+// means !(x <= bound), so a NaN gets the last rank; the absmax of its block is NaN too.
 struct Nf4 {
     static constexpr QuantType type = QuantType::nf4;
     static constexpr float values[16] = {
