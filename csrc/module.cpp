@@ -22,5 +22,5 @@ PYBIND11_MODULE(_C, m) {
         return names;
     });
 
-    pyqlora::bind_quantize(cpu, cuda);
+    pyqlora::bind_operations(cpu, cuda);
 }

@@ -1,9 +1,11 @@
-// One line per operation: the functions that module.cpp (and the emulation's module) calls.
+// One line per operation, for module.cpp and for the emulation's module.
 #pragma once
 #include <pybind11/pybind11.h>
 
 namespace pyqlora {
 
 void bind_quantize(pybind11::module_& cpu, pybind11::module_& cuda);
+
+inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) { bind_quantize(cpu, cuda); }
 
 }  // namespace pyqlora

@@ -1,0 +1,62 @@
+// Eight neighbouring elements as floats, moved by 16-byte accesses: the unit of work of one thread.
+#pragma once
+#include "core/ptx.cuh"
+
+namespace pyqlora::cuda {
+
+constexpr int kVector = 8;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+template <class T>
+struct alignas(16) Vector {
+    T at[kVector];
+};
+
+// p: 16-byte aligned.
+template <class T>
+__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
+    constexpr int words = sizeof(Vector<T>) / sizeof(uint4);
+    union {
+        uint4 word[words];
+        Vector<T> vector;
+    } u;
+#pragma unroll
+    for (int i = 0; i < words; ++i) u.word[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = to_float(u.vector.at[i]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, const float (&v)[kVector]) {
+    constexpr int words = sizeof(Vector<T>) / sizeof(uint4);
+    union {
+        uint4 word[words];
+        Vector<T> vector;
+    } u;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) u.vector.at[i] = from_float<T>(v[i]);
+#pragma unroll
+    for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(p)[i] = u.word[i];
+}
+
+inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+}  // namespace pyqlora::cuda

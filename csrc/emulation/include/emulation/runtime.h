@@ -1,0 +1,50 @@
+// The CUDA runtime, as far as core/launch.h uses it: one device, one stream, launches that run at once.
+#pragma once
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorLaunchFailure = 719,
+};
+using cudaStream_t = struct CUstream_st*;
+
+cudaError_t cudaGetLastError();
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaSetDevice(int device);
+
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+};
+
+namespace emulation {
+// A pointer handed to a kernel is null or device memory.
+template <class T>
+bool device_argument(const T& argument) {
+    if constexpr (std::is_pointer_v<T>) return !argument || is_device(argument);
+    return true;
+}
+inline bool valid(const cudaLaunchConfig_t& c) {
+    const dim3 g = c.gridDim, b = c.blockDim;
+    const uint64_t threads = static_cast<uint64_t>(b.x) * b.y * b.z;
+    return g.x && g.y && g.z && g.x < 1u << 31 && g.y < 65536 && g.z < 65536 && threads && threads <= 1024 &&
+           b.z <= 64 && c.dynamicSmemBytes <= kStaticSharedBytes;
+}
+}  // namespace emulation
+
+template <class... Parameters, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Args&&... args) {
+    if (!emulation::valid(*config)) return cudaErrorInvalidConfiguration;
+    if (!(emulation::device_argument<std::decay_t<Args>>(args) && ...))
+        return emulation::refuse("a kernel argument points to host memory"), cudaErrorLaunchFailure;
+    auto call = [&] { kernel(static_cast<Parameters>(args)...); };
+    const bool ok = emulation::run_grid(
+        config->gridDim, config->blockDim, config->dynamicSmemBytes,
+        [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, __PRETTY_FUNCTION__);
+    return ok ? cudaSuccess : cudaErrorLaunchFailure;
+}

@@ -1,0 +1,91 @@
+// Device memory and the part of the CUDA runtime that concerns it.
+#include <sys/mman.h>
+
+#include <cstring>
+#include <map>
+
+#include "cuda_runtime.h"
+#include "engine.h"
+
+namespace emulation {
+namespace {
+
+constexpr size_t kArena = size_t(64) << 30, kPage = 4096, kAlign = 16;
+char* arena = nullptr;
+size_t arena_top = 0;
+
+struct Allocation {
+    size_t bytes;
+    char* pages;
+    size_t page_bytes;
+};
+std::map<char*, Allocation> allocations;
+
+size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+void* allocate(size_t bytes) {
+    if (!arena) {
+        void* p = mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (p == MAP_FAILED) return nullptr;
+        arena = static_cast<char*>(p);
+    }
+    const size_t usable = round_up(bytes + kAlign, kPage), page_bytes = usable + kPage;
+    if (arena_top + page_bytes > kArena) return nullptr;
+    char* pages = arena + arena_top;
+    arena_top += page_bytes;
+    mprotect(pages, usable, PROT_READ | PROT_WRITE);
+    std::memset(pages, 0xff, usable);
+    char* p = pages + usable - round_up(bytes, kAlign);
+    allocations[p] = {bytes, pages, page_bytes};
+    checks::allocated(p, bytes);
+    return p;
+}
+
+bool release(void* p) {
+    const auto found = allocations.find(static_cast<char*>(p));
+    if (found == allocations.end()) return false;
+    const Allocation& a = found->second;
+    mmap(a.pages, a.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+    allocations.erase(found);
+    return true;
+}
+
+DeviceSpan device_span() { return {arena, arena ? kArena : 0}; }
+DeviceSpan allocation_below(const void* p) {
+    auto above = allocations.upper_bound(static_cast<char*>(const_cast<void*>(p)));
+    if (above == allocations.begin()) return {nullptr, 0};
+    --above;
+    return {above->first, above->second.bytes};
+}
+bool is_device(const void* p, size_t bytes) {
+    const DeviceSpan a = allocation_below(p);
+    return a.begin && static_cast<const char*>(p) + bytes <= a.begin + a.bytes;
+}
+
+}  // namespace emulation
+
+cudaError_t cudaGetLastError() { return emulation::failed() ? cudaErrorLaunchFailure : cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess:
+            return "cudaSuccess";
+        case cudaErrorInvalidConfiguration:
+            return "cudaErrorInvalidConfiguration";
+        case cudaErrorLaunchFailure:
+            return "cudaErrorLaunchFailure";
+        case cudaErrorInvalidDevice:
+            return "cudaErrorInvalidDevice";
+        default:
+            return "cudaErrorUnknown";
+    }
+}
+const char* cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorLaunchFailure ? emulation::report() : "invalid argument";
+}
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }

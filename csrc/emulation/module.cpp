@@ -1,0 +1,45 @@
+// The extension module of an emulation build: the CUDA operations under `cuda`, and the device itself.
+#include <pybind11/pybind11.h>
+
+#include "cuda_runtime.h"
+#include "ops/bind.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+PYBIND11_MODULE(pyqlora_emulation, m) {
+    py::module_ cpu = m.def_submodule("cpu"), cuda = m.def_submodule("cuda", "CUDA kernels on emulated device memory.");
+    pyqlora::bind_operations(cpu, cuda);
+
+    m.def(
+        "malloc",
+        [](size_t bytes) {
+            void* p = emulation::allocate(bytes);
+            if (!p) throw std::bad_alloc();
+            return reinterpret_cast<uintptr_t>(p);
+        },
+        "bytes"_a, "Device memory, uninitialised.");
+    m.def(
+        "free",
+        [](uintptr_t p) {
+            if (!emulation::release(reinterpret_cast<void*>(p))) throw py::value_error("free: not an allocation");
+        },
+        "pointer"_a);
+    m.def(
+        "written_by_host",
+        [](uintptr_t p, size_t bytes) { emulation::checks::written_by_host(reinterpret_cast<void*>(p), bytes); },
+        "pointer"_a, "bytes"_a, "These bytes are initialised.");
+    m.def("reset", &emulation::reset, "Forget the last failure, after which every launch fails.");
+    m.def(
+        "set_order",
+        [](const std::string& order, uint64_t seed) {
+            using emulation::Order;
+            if (order != "forward" && order != "reverse" && order != "random")
+                throw py::value_error("set_order: expected forward, reverse or random, got " + order);
+            emulation::set_order(order == "forward"   ? Order::forward
+                                 : order == "reverse" ? Order::reverse
+                                                      : Order::random,
+                                 seed);
+        },
+        "order"_a, "seed"_a = 1, "In which order the threads run between barriers.");
+}

@@ -1,0 +1,286 @@
+#include "core/dispatch.h"
+#include "core/launch.h"
+#include "core/vector.cuh"
+#include "ops/quantize.h"
+
+namespace pyqlora::cuda {
+namespace {
+
+// Quantizing: a CUDA block of 512 threads holds 4096 elements, so that blocks of any size lie whole inside it.
+constexpr int kThreads = 512, kTile = kThreads * kVector;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kTiny = 1e-38f;  // bitsandbytes' smallest divisor
+
+int log2(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }
+
+// A 16-entry table as a kernel argument: it comes with the launch and is copied to shared memory.
+struct Table16 {
+    float at[16];
+};
+template <size_t N>
+Table16 table16(const float (&values)[N]) {
+    Table16 table{};
+    for (size_t i = 0; i < N; ++i) table.at[i] = values[i];
+    return table;
+}
+
+// Elements base .. base + 7, zeros from n on.
+template <class T>
+__device__ __forceinline__ void load_tail(const T* x, int64_t base, int64_t n, bool vectors, float (&v)[kVector]) {
+    if (vectors && base + kVector <= n) return load_vector(x + base, v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = base + i < n ? to_float(x[base + i]) : 0.0f;
+}
+
+// The largest of each quantization block's `key`s, given to all its threads. Called by all threads of the tile; holds
+// one barrier, which also publishes whatever the caller wrote to shared memory before.
+__device__ __forceinline__ uint32_t block_max(uint32_t key, int log2_blocksize) {
+    PYQLORA_SHARED(uint32_t[kThreads / 32], warp_max);
+    const int threads = (1 << log2_blocksize) / kVector, warp = threadIdx.x / 32;
+    for (int lanes = 1; lanes < min(threads, 32); lanes *= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, lanes));
+    if (threadIdx.x % 32 == 0) warp_max[warp] = key;
+    __syncthreads();
+    const int warps = threads / 32;  // 0: the block lies inside this warp
+    for (int i = 0; i < warps; ++i) key = max(key, warp_max[(warp & ~(warps - 1)) + i]);
+    return key;
+}
+
+// How many of the 15 ascending bounds are below x; 15 for NaN.
+__device__ __forceinline__ int rank16(const float* bounds, float x) {
+    int rank = x <= bounds[7] ? 0 : 8;
+    rank += x <= bounds[rank + 3] ? 0 : 4;
+    rank += x <= bounds[rank + 1] ? 0 : 2;
+    return rank + (x <= bounds[rank] ? 0 : 1);
+}
+
+// The codes of a type in order of rank, a nibble each.
+template <class Q>
+constexpr uint64_t code_nibbles() {
+    uint64_t nibbles = 0;
+    for (int rank = 0; rank < 16; ++rank) nibbles |= static_cast<uint64_t>(Q::order[rank]) << 4 * rank;
+    return nibbles;
+}
+template <class Q>
+constexpr uint64_t kCodes = code_nibbles<Q>();
+constexpr uint64_t kIdentity = 0xfedcba9876543210u;
+
+template <class T, class Q>
+__global__ void __launch_bounds__(kThreads)
+    quantize_4bit_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed, float* __restrict__ absmax, int64_t n,
+                         int log2_blocksize, bool vectors, const __grid_constant__ Table16 table) {
+    PYQLORA_SHARED(float[16], bounds);
+    if (threadIdx.x < 16) bounds[threadIdx.x] = table.at[threadIdx.x];
+    const int64_t base = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kVector;
+    float v[kVector];
+    load_tail(x, base, n, vectors, v);
+    // As integers, magnitudes sort like floats, with infinity and then NaN on top: NaN spreads over its block.
+    uint32_t key = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) key = max(key, __float_as_uint(v[i]) & 0x7fffffffu);
+    key = block_max(key, log2_blocksize);
+    if (base >= n) return;
+
+    // bitsandbytes' arithmetic: a full block is multiplied by the reciprocal of its absmax, a short last one divided.
+    const int64_t block = base >> log2_blocksize;
+    const bool full = (block + 1) << log2_blocksize <= n;
+    const float divisor = __uint_as_float(max(key, __float_as_uint(kTiny)));
+    const float factor = __fdiv_rn(1.0f, divisor);
+    if (base == block << log2_blocksize) absmax[block] = full ? __uint_as_float(key) : divisor;
+    uint32_t word = 0;  // element 0 in the high nibble of the lowest byte
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        float scaled = full ? __fmul_rn(v[i], factor) : __fdiv_rn(v[i], divisor);
+        if (base + i >= n) scaled = 0.0f;
+        uint32_t code = rank16(bounds, scaled);
+        if constexpr (kCodes<Q> != kIdentity) code = kCodes<Q> >> 4 * code & 15;
+        word |= code << 4 * (i ^ 1);
+    }
+    if (vectors && base + kVector <= n) {
+        *reinterpret_cast<uint32_t*>(packed + base / 2) = word;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; i += 2) {
+            if (base + i < n) packed[(base + i) / 2] = static_cast<uint8_t>(word >> 4 * i);
+        }
+    }
+}
+
+// The index of the value of `code` nearest to x, after bitsandbytes' rounding of x to one of 65536 steps over [-1, 1].
+__device__ __forceinline__ uint32_t nearest256(const float* code, float x) {
+    const float steps = __fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(x, 1.0f), 0.5f), 65535.0f), 0.5f);
+    const int step = static_cast<int>(fminf(fmaxf(steps, 0.0f), 65535.0f));  // NaN: 0
+    const float value = __fadd_rn(__fmul_rn(static_cast<float>(step), 2.0f / 65535.0f), -1.0f);
+    int index = 0;  // the last of code[0 .. 254] that is not above value, or 0
+#pragma unroll
+    for (int half = 128; half; half /= 2) {
+        if (index + half < 255 && code[index + half] <= value) index += half;
+    }
+    return index + (__fsub_rn(code[index + 1], value) < __fsub_rn(value, code[index]));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    quantize_blockwise_kernel(const T* __restrict__ x, const float* __restrict__ code, uint8_t* __restrict__ q,
+                              float* __restrict__ absmax, int64_t n, int log2_blocksize, bool vectors) {
+    PYQLORA_SHARED(float[256], table);
+    if (threadIdx.x < 256) table[threadIdx.x] = code[threadIdx.x];
+    const int64_t base = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kVector;
+    float v[kVector];
+    load_tail(x, base, n, vectors, v);
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(v[i]));  // skips NaN
+    largest = __uint_as_float(block_max(__float_as_uint(largest), log2_blocksize));
+    if (base >= n) return;
+
+    const int64_t block = base >> log2_blocksize;
+    if (base == block << log2_blocksize) absmax[block] = largest;
+    const float factor = __fdiv_rn(1.0f, largest);
+    uint2 word{};
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        const uint32_t index = largest > 0.0f ? nearest256(table, __fmul_rn(v[i], factor)) : 0;
+        (i < 4 ? word.x : word.y) |= index << 8 * (i % 4);
+    }
+    if (vectors && base + kVector <= n) {
+        *reinterpret_cast<uint2*>(q + base) = word;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (base + i < n) q[base + i] = static_cast<uint8_t>((i < 4 ? word.x : word.y) >> 8 * (i % 4));
+        }
+    }
+}
+
+// Decoding: 256 threads take `kSteps` vectors each, so that a thread has several loads under way.
+constexpr int kDecodeThreads = 256, kSteps = 4, kDecodeStep = kDecodeThreads * kVector,
+              kDecodeTile = kDecodeStep * kSteps;
+
+// Scales with the block sizes as shifts.
+struct DeviceScales {
+    const float* absmax;
+    const uint8_t* codes;  // null: absmax is not quantized
+    const float *nested_absmax, *nested_code, *offset;
+    int log2_nested_blocksize;
+
+    explicit DeviceScales(const Scales& s)
+        : absmax(s.nested() ? nullptr : s.absmax.as<float>()),
+          codes(s.nested() ? s.absmax.as<uint8_t>() : nullptr),
+          nested_absmax(s.nested_absmax.as<float>()),
+          nested_code(s.nested_code.as<float>()),
+          offset(s.offset.as<float>()),
+          log2_nested_blocksize(log2(s.nested_blocksize)) {}
+
+    __device__ __forceinline__ float operator[](int64_t block) const {
+        if (!codes) return __ldg(absmax + block);
+        const float value = __ldg(nested_code + __ldg(codes + block));
+        return __fadd_rn(__fmul_rn(value, __ldg(nested_absmax + (block >> log2_nested_blocksize))), __ldg(offset));
+    }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kDecodeThreads)
+    dequantize_4bit_kernel(const uint8_t* __restrict__ packed, DeviceScales scales, T* __restrict__ out, int64_t numel,
+                           int64_t first, int log2_blocksize, bool vectors, const __grid_constant__ Table16 table) {
+    PYQLORA_SHARED(float[16], values);
+    if (threadIdx.x < 16) values[threadIdx.x] = table.at[threadIdx.x];
+    __syncthreads();
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * kDecodeTile;
+    if (vectors && tile + kDecodeTile <= numel) {
+        const int64_t base = tile + threadIdx.x * kVector;
+        uint32_t word[kSteps];
+        float scale[kSteps];
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            const int64_t element = first + base + s * kDecodeStep;
+            word[s] = load_streaming(reinterpret_cast<const uint32_t*>(packed + element / 2));
+            scale[s] = scales[element >> log2_blocksize];
+        }
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+            float v[kVector];
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(values[word[s] >> 4 * (i ^ 1) & 15], scale[s]);
+            store_vector(out + base + s * kDecodeStep, v);
+        }
+        return;
+    }
+    for (int64_t i = tile + threadIdx.x; i < min(tile + kDecodeTile, numel); i += kDecodeThreads) {
+        const int64_t element = first + i;
+        const uint32_t code = packed[element / 2] >> (element % 2 ? 0 : 4) & 15;
+        out[i] = from_float<T>(__fmul_rn(values[code], scales[element >> log2_blocksize]));
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kDecodeThreads)
+    dequantize_blockwise_kernel(const uint8_t* __restrict__ q, const float* __restrict__ code,
+                                const float* __restrict__ absmax, T* __restrict__ out, int64_t n, int log2_blocksize,
+                                bool vectors) {
+    PYQLORA_SHARED(float[256], table);
+    table[threadIdx.x] = code[threadIdx.x];
+    __syncthreads();
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * kDecodeStep, base = tile + threadIdx.x * kVector;
+    if (vectors && base + kVector <= n) {
+        const uint2 word = __ldg(reinterpret_cast<const uint2*>(q + base));
+        const float scale = __ldg(absmax + (base >> log2_blocksize));
+        float v[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i)
+            v[i] = __fmul_rn(table[(i < 4 ? word.x : word.y) >> 8 * (i % 4) & 255], scale);
+        store_vector(out + base, v);
+        return;
+    }
+    for (int64_t i = base; i < min(base + kVector, n); ++i)
+        out[i] = from_float<T>(__fmul_rn(table[q[i]], absmax[i >> log2_blocksize]));
+}
+
+}  // namespace
+
+void quantize_4bit(const Quantize4bitArgs& a, void* stream) {
+    const bool vectors = aligned(a.x.data, 16) && aligned(a.packed.data, 4);
+    dispatch_float<__half, __nv_bfloat16>(a.x.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        dispatch_quant_type(a.type, [&](auto quant) {
+            using Q = decltype(quant);
+            launch("quantize_4bit", a.x, stream, {ceil_div(a.x.numel, kTile), kThreads}, quantize_4bit_kernel<T, Q>,
+                   a.x.as<T>(), a.packed.as<uint8_t>(), a.absmax.as<float>(), a.x.numel, log2(a.blocksize), vectors,
+                   table16(Q::bounds));
+        });
+    });
+}
+
+void dequantize_4bit(const Dequantize4bitArgs& a, void* stream) {
+    const bool vectors = a.first % kVector == 0 && aligned(a.packed.data, 4) && aligned(a.out.data, 16);
+    dispatch_float<__half, __nv_bfloat16>(a.out.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        dispatch_quant_type(a.type, [&](auto quant) {
+            using Q = decltype(quant);
+            launch("dequantize_4bit", a.out, stream, {ceil_div(a.out.numel, kDecodeTile), kDecodeThreads},
+                   dequantize_4bit_kernel<T>, a.packed.as<uint8_t>(), DeviceScales(a.scales), a.out.as<T>(),
+                   a.out.numel, a.first, log2(a.blocksize), vectors, table16(Q::values));
+        });
+    });
+}
+
+void quantize_blockwise(const QuantizeBlockwiseArgs& a, void* stream) {
+    const bool vectors = aligned(a.x.data, 16) && aligned(a.q.data, 8);
+    dispatch_float<__half, __nv_bfloat16>(a.x.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        launch("quantize_blockwise", a.x, stream, {ceil_div(a.x.numel, kTile), kThreads}, quantize_blockwise_kernel<T>,
+               a.x.as<T>(), a.code.as<float>(), a.q.as<uint8_t>(), a.absmax.as<float>(), a.x.numel, log2(a.blocksize),
+               vectors);
+    });
+}
+
+void dequantize_blockwise(const DequantizeBlockwiseArgs& a, void* stream) {
+    const bool vectors = aligned(a.q.data, 8) && aligned(a.out.data, 16);
+    dispatch_float<__half, __nv_bfloat16>(a.out.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        launch("dequantize_blockwise", a.out, stream, {ceil_div(a.q.numel, kDecodeStep), kDecodeThreads},
+               dequantize_blockwise_kernel<T>, a.q.as<uint8_t>(), a.code.as<float>(), a.absmax.as<float>(),
+               a.out.as<T>(), a.q.numel, log2(a.blocksize), vectors);
+    });
+}
+
+}  // namespace pyqlora::cuda

@@ -1,0 +1,66 @@
+"""The backends that kernel tests run over, as one fixture."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import emulation
+import hypothesis
+import pytest
+import torch
+
+from pyqlora import _C
+from pyqlora.ops import backend as dispatch
+
+BACKENDS = ("cpu", "emulated", "emulated_reverse", "emulated_checked", "emulated_asan", "cuda")
+
+# An example that an emulated kernel takes long over is no failure, and the backend is the same for all examples.
+hypothesis.settings.register_profile(
+    "pyqlora", deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], max_examples=25
+)
+hypothesis.settings.load_profile("pyqlora")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=BACKENDS,
+        help="run kernel tests on this backend only (repeatable); default: all but emulated_asan, which needs the "
+        "sanitizers' libraries preloaded, and cuda where there is no GPU",
+    )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a kernel test runs: tensors go to `device`, and the operators then use the kernels under test."""
+
+    name: str
+    device: torch.device
+
+    @property
+    def emulated(self) -> bool:
+        return self.name.startswith("emulated")
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        wanted = metafunc.config.getoption("--backend") or [b for b in BACKENDS if b != "emulated_asan"]
+        metafunc.parametrize("backend", wanted, indirect=True)
+
+
+@pytest.fixture
+def backend(request):
+    """The same test on CPU kernels, on emulated CUDA kernels (three ways), and on a GPU."""
+    name = request.param
+    if name == "cuda" and not (torch.cuda.is_available() and _C.with_cuda):
+        pytest.skip("no GPU, or a build without CUDA kernels")
+    with ExitStack() as stack:
+        if name.startswith("emulated"):
+            variant = name.partition("_")[2]
+            device = emulation.device(variant if variant in ("checked", "asan") else "fast")
+            device.module.set_order("reverse" if variant == "reverse" else "forward")
+            stack.enter_context(dispatch.override(device))
+            stack.enter_context(emulation.fresh_outputs())
+        yield Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))

@@ -1,0 +1,148 @@
+"""CUDA kernels without a GPU: builds csrc/emulation once and runs its kernels on host tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
+
+
+def _tool(name: str) -> str | None:
+    """A program of this Python's environment, which need not be on PATH."""
+    return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
+
+
+def build(folder: Path = BUILD, builds: tuple[str, ...] = ("fast", "checked", "asan"), sources: tuple[Path, ...] = ()):
+    """Compile the kernels for the CPU: `folder/<build>/pyqlora_emulation*.so`. Skips where there is no compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    cmake, ninja = _tool("cmake"), _tool("ninja")
+    if not compiler:
+        pytest.skip("emulating CUDA needs a C++ compiler: none on PATH")
+    assert cmake and ninja, "emulating CUDA needs cmake and ninja: pip install 'pyqlora[test]'"
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [cmake, "-S", ROOT / "csrc" / "emulation", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    configure += [f"-DPYQLORA_EMULATION_BUILDS={';'.join(builds)}"]
+    configure += [f"-DPYQLORA_EMULATION_SOURCES={';'.join(map(str, sources))}"]
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test runs build once
+        for command in (configure, [cmake, "--build", folder]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+def load(folder: Path) -> Any:
+    """The extension module in a build's folder."""
+    (path,) = folder.glob("pyqlora_emulation*.so")
+    spec = importlib.util.spec_from_file_location("pyqlora_emulation", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def device(name: str, folder: Path = BUILD) -> EmulatedDevice:
+    """The emulated device of a build."""
+    if folder == BUILD:
+        build()
+    return EmulatedDevice(load(folder / name))
+
+
+class EmulatedDevice:
+    """`_C.cuda` over host tensors: each call copies its tensors to device memory, runs, and copies them back.
+
+    Device memory ends flush with an inaccessible page, and what `fresh_outputs` saw being allocated is uninitialised
+    there, so that the checked build knows who reads it too early.
+    """
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.module.cuda, name)
+
+        def call(*args):
+            memory = _Memory(self.module)
+            try:
+                function(*memory.upload(args))
+                memory.download()
+            finally:
+                memory.free()
+                self.module.reset()
+
+        return call
+
+
+class _Memory:
+    def __init__(self, module: Any):
+        self.module = module
+        self.tensors: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self.pointers: list[int] = []
+
+    def upload(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.upload(v) for v in value)
+        if not isinstance(value, torch.Tensor) or value.numel() == 0 or not value.is_contiguous():
+            return value
+        key = value.data_ptr(), value.nbytes
+        if key not in self.tensors:
+            self.tensors[key] = value, self._copy(value)
+        return self.tensors[key][1]
+
+    def _copy(self, host: torch.Tensor) -> torch.Tensor:
+        shift = host.data_ptr() % 16  # a misaligned view stays misaligned
+        pointer = self.module.malloc(host.nbytes + shift)
+        self.pointers.append(pointer)
+        buffer = (ctypes.c_uint8 * host.nbytes).from_address(pointer + shift)
+        copy = torch.frombuffer(buffer, dtype=torch.uint8).view(host.dtype).view(host.shape)
+        if getattr(host, "_fresh", None) != host._version:
+            copy.copy_(host.detach())
+            self.module.written_by_host(pointer + shift, host.nbytes)
+        return copy
+
+    def download(self) -> None:
+        for host, copy in self.tensors.values():
+            ctypes.memmove(host.data_ptr(), copy.data_ptr(), host.nbytes)
+            if hasattr(host, "_fresh"):
+                del host._fresh
+
+    def free(self) -> None:
+        for pointer in self.pointers:
+            self.module.free(pointer)
+
+
+@contextmanager
+def fresh_outputs():
+    """Mark what torch.empty, empty_like and new_empty return, until someone writes to it."""
+
+    def marking(allocate):
+        @functools.wraps(allocate)
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            tensor._fresh = tensor._version
+            return tensor
+
+        return wrapper
+
+    with (
+        mock.patch.object(torch, "empty", marking(torch.empty)),
+        mock.patch.object(torch, "empty_like", marking(torch.empty_like)),
+        mock.patch.object(torch.Tensor, "new_empty", marking(torch.Tensor.new_empty)),
+    ):
+        yield

@@ -1,0 +1,79 @@
+"""The formats in a few lines of plain torch: what every kernel is compared with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+FP4 = [v / 12 for v in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
+FP4 += [-v for v in FP4]
+TABLES = {"nf4": NF4, "fp4": FP4}
+TINY = 1e-38  # the smallest divisor
+
+
+def table(quant_type: str) -> Tensor:
+    """Code -> value, float32 [16]."""
+    return torch.tensor(TABLES[quant_type], dtype=torch.float32) + 0.0  # no negative zero
+
+
+def _blocks(x: Tensor, blocksize: int) -> list[Tensor]:
+    return list(x.flatten().float().split(blocksize))
+
+
+def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """(packed uint8 [(n+1)//2, 1], absmax float32 [blocks])."""
+    values, codes = table(quant_type).sort(stable=True)
+    bounds = (values[1:] + values[:-1]) / 2
+    absmax, scaled = [], []
+    for block in _blocks(x, blocksize):
+        largest = block.abs().max()
+        divisor = largest.clamp(min=TINY)
+        full = len(block) == blocksize
+        absmax.append(largest if full else divisor)
+        scaled.append(block * (1.0 / divisor) if full else block / divisor)
+    flat = torch.cat(scaled) if scaled else x.new_zeros(0, dtype=torch.float32)
+    flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
+    rank = torch.bucketize(flat, bounds)  # how many bounds are below; NaN is above all
+    code = codes[rank].to(torch.uint8)
+    packed = code[0::2] << 4 | code[1::2]
+    return packed.unsqueeze(1), torch.stack(absmax) if absmax else flat
+
+
+def scales(absmax: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: Tensor, nested_blocksize: int) -> Tensor:
+    """The float32 absmax behind double quantization."""
+    return dequantize_blockwise(absmax, nested_code, nested_absmax, nested_blocksize, torch.float32) + offset
+
+
+def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape, dtype) -> Tensor:
+    """Value times absmax in float32, rounded once to dtype."""
+    packed = packed.flatten()
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten().long()
+    n = torch.Size(shape).numel()
+    values = table(quant_type)[codes[:n]] * absmax.repeat_interleave(blocksize)[:n]
+    return values.to(dtype).reshape(shape)
+
+
+def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """(codes uint8 like x, absmax float32 [blocks]): the nearest value after rounding to 65536 steps over [-1, 1]."""
+    q, absmax = [], []
+    for block in _blocks(x, blocksize):
+        largest = block.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs().max()
+        steps = ((block * (1.0 / largest) + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).clamp(0, 65535).int()
+        value = steps.float() * torch.tensor(2.0 / 65535.0) - 1.0
+        above = torch.bucketize(value, code).clamp(1, 255)
+        index = above - ((value - code[above - 1]) <= (code[above] - value)).int()
+        q.append(torch.where(largest > 0, index, 0).to(torch.uint8))
+        absmax.append(largest)
+    flat = x.new_zeros(0, dtype=torch.float32)
+    return torch.cat([*q, flat.byte()]).reshape(x.shape), torch.stack(absmax) if absmax else flat
+
+
+def dequantize_blockwise(q: Tensor, code: Tensor, absmax: Tensor, blocksize: int, dtype) -> Tensor:
+    """code[q] times absmax in float32, rounded once to dtype."""
+    values = code[q.flatten().long()] * absmax.repeat_interleave(blocksize)[: q.numel()]
+    return values.to(dtype).reshape(q.shape)
