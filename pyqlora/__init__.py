@@ -2,9 +2,46 @@
 
 import importlib
 
+from pyqlora.adapter_files import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from pyqlora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
+from pyqlora.kbit import prepare_model_for_kbit_training
 from pyqlora.matmul import matmul_4bit
+from pyqlora.model import PeftModel
+from pyqlora.tasks import (
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
+from pyqlora.tuner import LoraModel
 
-__all__ = ["BitsAndBytesConfig", "matmul_4bit"]
+__all__ = [
+    "BitsAndBytesConfig",
+    "EvaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraModel",
+    "LoraRuntimeConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
+    "TaskType",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "matmul_4bit",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,114 @@
+"""The weight of a base layer as a dense tensor, whatever holds it: a plain parameter or 4-bit blocks."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer with an [in, out] weight; told by name, not by import."""
+    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(layer).mro())
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    """Whether the layer keeps its weight in 4-bit blocks: pyqlora's Linear4bit, or bitsandbytes'."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def weight_of(layer: nn.Module) -> Tensor | None:
+    """The layer's weight parameter as it is; None for a layer without one."""
+    if isinstance(layer, nn.MultiheadAttention):
+        layer = layer.out_proj
+    return getattr(layer, "weight", None)
+
+
+def float_dtype(layer: nn.Module) -> torch.dtype | None:
+    """The dtype in which an adapter starts beside this layer; None where the weight does not tell."""
+    dtype = getattr(layer, "compute_dtype", None) if is_4bit(layer) else weight_of(layer).dtype
+    return dtype if dtype in FLOATS else None
+
+
+def read(layer: nn.Module) -> Tensor | None:
+    """A new float32 tensor (float64 for such a weight) of the weight's values; None for a format unknown here."""
+    if is_4bit(layer):
+        from pyqlora.functional import dequantize_4bit
+
+        state = copy.copy(layer.weight.quant_state)
+        state.dtype = torch.float32
+        return dequantize_4bit(layer.weight.data, state).view(state.shape)
+    weight = weight_of(layer)
+    if weight.dtype not in FLOATS:
+        return None
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+
+
+def write(layer: nn.Module, weight: Tensor) -> None:
+    """Replace the weight's values, rounded or quantized to what the layer holds; `weight` stays the caller's."""
+    if is_4bit(layer):
+        layer.weight = requantized(layer, weight).weight
+    else:
+        layer.weight.data = weight.to(layer.weight.dtype, copy=True)
+
+
+def plain_linear(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
+    """An nn.Linear with the weight (default: the layer's own) and bias of a 4-bit layer, in its original dtype."""
+    weight = read(layer) if weight is None else weight
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.to(layer.weight.quant_state.dtype), requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def requantized(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """A 4-bit layer like `layer` with other values, quantized in the same format."""
+    from pyqlora.nn import Params4bit
+
+    old = layer.weight
+    new = copy.copy(layer)
+    new._parameters = dict(layer._parameters)
+    values = weight.to(old.quant_state.dtype)
+    new.weight = Params4bit(
+        values,
+        requires_grad=False,
+        blocksize=old.quant_state.blocksize,
+        compress_statistics=old.quant_state.nested,
+        quant_type=old.quant_state.quant_type,
+        quant_storage=old.quant_storage,
+        module=new,
+    ).to(old.device)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return new
+
+
+def numel(parameter: Tensor) -> int:
+    """Elements of a parameter, counted before packing."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return math.prod(state.shape)
+    return parameter.numel()
+
+
+def dequantize_model(model: nn.Module) -> None:
+    """Replace every 4-bit layer by a plain one, and take away what marks a transformers model as quantized."""
+    found = [(name, module) for name, module in model.named_modules() if name and is_4bit(module)]
+    for name, module in found:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain_linear(module))
+    config = getattr(model, "config", None)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if getattr(model, flag, False):
+            setattr(model, flag, False)
+    for attribute in ("hf_quantizer", "quantization_method"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)

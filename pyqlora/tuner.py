@@ -1,0 +1,376 @@
+"""LoraModel: a model with LoRA layers put into it, and everything done to all of them at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyqlora import dense
+from pyqlora.auxiliary import ModulesToSaveWrapper, wrap_modules_to_save
+from pyqlora.config import LoraConfig, PeftConfig
+from pyqlora.inject import EXCLUDED, match, no_match_error, pattern_value, resolve_targets
+from pyqlora.layers import make_layer
+from pyqlora.lora_layer import BASE_ROW, LoraLayer, RowAdapters, row_adapters
+
+Adapted = LoraLayer | ModulesToSaveWrapper
+
+
+class LoraModel(nn.Module):
+    """Holds the adapted model as `model`, so that names read `base_model.model.<path>` as in PEFT."""
+
+    prefix = "lora_"
+    tuner_layer_cls = LoraLayer
+
+    def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default", low_cpu_mem_usage: bool = False):
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = config if isinstance(config, dict) else {adapter_name: config}
+        self._active_adapters = [adapter_name]
+        self.targeted_module_names: list[str] = []
+        self.train(model.training)
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        model.peft_config = self.peft_config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters in use."""
+        return self._active_adapters
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """As active_adapters."""
+        return self._active_adapters
+
+    def layers(self) -> Iterator[LoraLayer]:
+        """All LoRA layers."""
+        return (module for module in self.model.modules() if isinstance(module, LoraLayer))
+
+    def adapted(self) -> Iterator[Adapted]:
+        """All LoRA layers and all modules that are trained whole."""
+        return (module for module in self.model.modules() if isinstance(module, Adapted))
+
+    # --- injection ---------------------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the adapter of that name in peft_config into the model.
+
+        Args:
+            model: the model itself.
+            adapter_name: a key of peft_config.
+            autocast_adapter_dtype: unused here; `cast_adapter` widens half-precision adapters.
+            low_cpu_mem_usage: make the adapter on the meta device, for weights that are loaded next.
+            state_dict: an adapter's weights, whose keys then say which layers to adapt.
+
+        Raises:
+            NoMatchingPeftModuleError: the config selects nothing.
+        """
+        config = self.peft_config[adapter_name]
+        self._check_new_config(config)
+        first = not any(True for _ in self.adapted())
+        resolve_targets(config, model)
+        targets = self._targets(config, model, state_dict)
+        trainable = [] if first else [p for p in model.parameters() if p.requires_grad]
+        for name, module in targets:
+            r = pattern_value(config.rank_pattern, name, config.r)
+            alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
+            with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                self._adapt(model, name, module, adapter_name, config, r, alpha)
+        self._warn_about_patterns(config, [name for name, _ in targets])
+        self.targeted_module_names += [name for name, _ in targets if name not in self.targeted_module_names]
+        active = adapter_name in self.active_adapters
+        wrap_modules_to_save(model, config, adapter_name, active)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._freeze_base()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    def _check_new_config(self, config: LoraConfig) -> None:
+        if len(self.peft_config) > 1 and sum(other.bias != "none" for other in self.peft_config.values()) > 1:
+            raise ValueError(
+                "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
+                "adapters."
+            )
+
+    def _targets(
+        self, config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+    ) -> list[tuple[str, nn.Module]]:
+        """(name, module) of what to adapt, not looking inside layers that are adapted already."""
+        stored = None if state_dict is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+        targets, inside, excluded, missed = [], (), False, False
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, Adapted):
+                inside += (f"{name}.",)
+            chosen = match(config, name) if stored is None else name in stored
+            if chosen:
+                targets.append((name, module))
+            excluded |= chosen is EXCLUDED
+            missed |= not chosen and chosen is not EXCLUDED
+        if not targets:
+            raise no_match_error(config, model, excluded, missed)
+        if config.exclude_modules and not excluded and stored is None:
+            warnings.warn(
+                f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
+                "Please check that exclude_modules was set correctly.",
+                stacklevel=5,
+            )
+        return targets
+
+    def _adapt(
+        self,
+        model: nn.Module,
+        name: str,
+        module: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        alpha: float,
+    ) -> None:
+        if isinstance(module, LoraLayer):
+            module.update_layer(adapter_name, r, alpha, config)
+            return
+        layer = make_layer(module, adapter_name, config, r, alpha)
+        parent_name, _, child_name = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), child_name, layer)
+
+    def _warn_about_patterns(self, config: LoraConfig, names: list[str]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, field)
+            unused = [key for key in patterns if all(pattern_value({key: True}, name, None) is None for name in names)]
+            if unused:
+                warnings.warn(
+                    f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
+                    RuntimeWarning,
+                    stacklevel=5,
+                )
+
+    def _freeze_base(self) -> None:
+        """Leave only adapters, modules_to_save and the biases that the active configs name trainable."""
+        own = {id(p) for module in self.adapted() for p in self._own_parameters(module)}
+        biases = {self.peft_config[name].bias for name in self.active_adapters if name in self.peft_config}
+        of_layers = {id(layer.bias) for layer in self.layers()} if "lora_only" in biases else set()
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) in own:
+                continue
+            is_bias = name == "bias" or name.endswith(".bias")
+            parameter.requires_grad_(("all" in biases and is_bias) or id(parameter) in of_layers)
+
+    @staticmethod
+    def _own_parameters(module: Adapted) -> list[nn.Parameter]:
+        return (
+            module.adapter_parameters() if isinstance(module, LoraLayer) else list(module.modules_to_save.parameters())
+        )
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Keep the adapter's half-precision weights in float32, which small updates need."""
+        for layer in self.layers():
+            for parameter in layer.adapter_parameters(adapter_name):
+                if parameter.dtype in (torch.float16, torch.bfloat16):
+                    parameter.data = parameter.data.float()
+
+    # --- which adapters run ------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Use one adapter or several at once; train them, and no others, unless `inference_mode`."""
+        for module in self.adapted():
+            if isinstance(module, LoraLayer) and module.merged:
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                )
+                module.unmerge()
+            module.set_adapter(adapter_name, inference_mode=inference_mode)
+        self._active_adapters = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Train or freeze adapters, active or not."""
+        for module in self.adapted():
+            module.set_requires_grad(adapter_names, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        """Run with the active adapters again."""
+        for module in self.adapted():
+            module.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Run as the base model; biases trained with bias="all" or "lora_only" stay as they are, with a warning."""
+        for name in self.active_adapters:
+            bias = self.peft_config[name].bias
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    "output as the base model would without adaption.",
+                    stacklevel=2,
+                )
+        for module in self.adapted():
+            module.enable_adapters(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter.
+
+        Raises:
+            ValueError: no such adapter, or it is merged.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+            raise ValueError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
+        del self.peft_config[adapter_name]
+        active: list[str] | None = None
+        for layer in self.layers():
+            layer.delete_adapter(adapter_name)
+            active = layer.active_adapters if active is None else active
+        for module in self.adapted():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.delete_adapter(adapter_name, active)
+        self._active_adapters = list(active or [])
+
+    @contextmanager
+    def rows(self, adapter_names: list[str] | None, beams: int | None = None) -> Iterator[None]:
+        """While open, every row of a batch runs with its own adapter; `__base__` names rows without one.
+
+        Raises:
+            ValueError: in training mode, or for a name that is no adapter.
+        """
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {BASE_ROW}.union(*(layer.adapters() for layer in self.layers()))
+        if unknown := sorted(set(adapter_names) - known):
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        token = row_adapters.set(RowAdapters(list(adapter_names), beams or 1))
+        try:
+            yield
+        finally:
+            row_adapters.reset(token)
+
+    # --- merging -----------------------------------------------------------------------------------------------------
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
+    ) -> None:
+        """Add the updates of adapters (default: the active ones) to the base weights; see LoraLayer.merge."""
+        self._untie()
+        for layer in self.layers():
+            layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
+
+    def unmerge_adapter(self) -> None:
+        """Take merged updates out of the base weights again."""
+        for layer in self.layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """Merge adapters for good and return the model without any LoRA layer.
+
+        A model with 4-bit layers becomes one of plain layers in the original dtype, adapted or not, which saves and
+        loads without pyqlora; with `requantize` the 4-bit layers stay 4-bit ones.
+        """
+        self._untie()
+        return self._unload(True, progressbar, safe_merge, adapter_names, requantize)
+
+    def unload(self) -> nn.Module:
+        """Return the base model as it was, without any LoRA layer."""
+        for layer in self.layers():
+            if layer.merged:
+                layer.unmerge()
+        return self._unload(False)
+
+    def _unload(
+        self,
+        merge: bool,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        names = [name for name, module in self.model.named_modules() if isinstance(module, Adapted)]
+        for name in _progress(names, progressbar, "Unloading and merging model" if merge else "Unloading model"):
+            module = self.model.get_submodule(name)
+            if isinstance(module, LoraLayer):
+                if merge:
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
+                left = module.get_base_layer()
+            else:
+                left = module.unloaded(merge)
+            parent_name, _, child_name = name.rpartition(".")
+            setattr(self.model.get_submodule(parent_name), child_name, left)
+        if merge and not requantize:
+            dense.dequantize_model(self.model)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        if merge:
+            self._untie_config()
+        return self.model
+
+    def _untie(self) -> None:
+        """Give adapted layers that share their weight with another module one of their own, for merging to change."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for layer in self.layers():
+            base = layer.get_base_layer()
+            shared = names.get(id(getattr(base, "weight", None)), [])
+            if len(shared) > 1 and not dense.is_4bit(base):
+                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+                warnings.warn(
+                    f"{' and '.join(shared)} are tied and only one of them is adapted: merging unties them, the model "
+                    "is to be saved and loaded with tie_word_embeddings=False",
+                    stacklevel=3,
+                )
+
+    def _untie_config(self) -> None:
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False) or not hasattr(self.model, "get_output_embeddings"):
+            return
+        weights = [
+            getattr(layer, "weight", None)
+            for layer in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        ]
+        if None not in weights and weights[0].data_ptr() != weights[1].data_ptr():
+            config.tie_word_embeddings = False
+            warnings.warn(
+                "Input and output embeddings are no longer tied after merging. "
+                "Setting `tie_word_embeddings=False` in the model config.",
+                stacklevel=4,
+            )
+
+
+def _progress(names: list[str], show: bool, label: str) -> Iterator[str]:
+    for i, name in enumerate(names):
+        yield name
+        if show:
+            print(f"\r{label}: {i + 1}/{len(names)}", end="" if i + 1 < len(names) else "\n", flush=True)
