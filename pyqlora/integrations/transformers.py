@@ -1,12 +1,15 @@
 """Quantized loading and saving through transformers' own `from_pretrained` and `save_pretrained`.
 
 Importing this module (`from pyqlora import BitsAndBytesConfig` does) calls `register()`: from then on in this process
-transformers hands every 4-bit bitsandbytes model to pyqlora, those quantized while they load as well as checkpoints that
+transformers hands every 4-bit bitsandbytes model to pyqlora: those quantized while they load, and checkpoints that
 were saved quantized, whoever wrote them. `unregister()` takes it back. bitsandbytes need not be installed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from pyqlora.quant import PACKED_KEY, QUANT_TYPES, dequantize_4bit
 
 logger = transformers.logging.get_logger(__name__)
 
+MADV_PAGEOUT = 21  # linux/mman.h
 METHOD = "bitsandbytes_4bit"
 STATE_KEYS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
@@ -52,7 +56,7 @@ class BitsAndBytesConfig(transformers.BitsAndBytesConfig):
             raise ValueError("BitsAndBytesConfig: load_in_8bit (LLM.int8) is not supported, use load_in_4bit=True")
         if self.bnb_4bit_quant_type not in QUANT_TYPES:
             raise ValueError(
-                f"BitsAndBytesConfig: bnb_4bit_quant_type must be one of {QUANT_TYPES}, got {self.bnb_4bit_quant_type!r}"
+                f"BitsAndBytesConfig: bnb_4bit_quant_type must be nf4 or fp4, got {self.bnb_4bit_quant_type!r}"
             )
 
 
@@ -102,6 +106,10 @@ class Quantizer(HfQuantizer):
             for conversion in model._weight_conversions
             if not any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
         ]
+        if not self.pre_quantized:
+            for param in model.parameters():
+                if not isinstance(param, Params4bit):
+                    param.data = param.data.clone()  # else it keeps the whole file mapped
         _report_unquantized(model)
         return model
 
@@ -155,6 +163,7 @@ class Quantize(ConversionOps):
                 value = value.T.contiguous()
             result[name] = module.weight._like(value).to(value.device)
             module._is_hf_initialized = True
+            _page_out(value)
         return result
 
 
@@ -205,6 +214,18 @@ def _replace_linear(model: nn.Module, skip: list[str], config: transformers.Bits
             f"{type(model).__name__} has no linear layer to quantize outside of {sorted(skip)}: load it without "
             "quantization_config, or change llm_int8_skip_modules"
         )
+
+
+def _page_out(weight: Tensor) -> None:
+    """Let Linux drop the pages of a weight that is read no more.
+
+    Weights on a CPU are views of memory-mapped files, whose pages count as resident until the file is closed, which is
+    after the last weight: without this the peak is the whole unquantized model. Harmless to memory of any other kind.
+    """
+    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and weight.device.type == "cpu" and size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
 
 
 def _report_unquantized(model: nn.Module) -> None:
