@@ -1,0 +1,5 @@
+"""`python -m pyqlora.cli`."""
+
+from pyqlora.cli import main
+
+main()

@@ -1,0 +1,55 @@
+"""The typer application, and the one place where errors become a line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+import typer
+
+from pyqlora.cli import doctor, finetune, generate
+
+app = typer.Typer(
+    name="pyqlora",
+    help="QLoRA fine-tuning in 4 bits.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.command("finetune")(finetune.finetune)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+INTERRUPTED = 130
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; every error is one line on stderr, with --debug after its traceback."""
+    try:
+        return app(arguments, prog_name="pyqlora", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except typer.Abort:
+        return INTERRUPTED
+    except typer.Exit as exit:
+        return exit.exit_code
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error, on one line and in words."""
+    if hasattr(error, "format_message"):  # typer's usage errors
+        return f"{error.format_message()} (pyqlora finetune --help lists the options)"
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+        where = getattr(error, "filename", None)
+        return f"the disk is full{f' while writing {where}' if where else ''}; nothing was left half-written"
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, RuntimeError, ImportError)) and text:
+        return text
+    return f"{type(error).__name__}: {text} (unexpected; --debug shows where)"
