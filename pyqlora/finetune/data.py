@@ -19,7 +19,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".txt")
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample: `messages`, or `prompt` with `completion`, or `text`; `where` names its place in the file."""
+    """`messages`, or `prompt` with `completion`, or `text`; `where` names its place in the file."""
 
     where: str
     messages: list[dict[str, str]] | None = None
@@ -94,7 +94,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{path}:{number}: not valid JSON at column {error.colno}: {error.msg}; expected one object per line"
+                    f"{path}:{number}: not valid JSON at column {error.colno}: {error.msg}; expected an object a line"
                 ) from error
 
 
@@ -102,12 +102,11 @@ def _recognise(path: Path, records: list[tuple[str, dict]]) -> tuple[str, list[S
     if not records:
         return "", []
     where, first = records[0]
-    for shape, (keys, convert) in SHAPES.items():
-        if keys <= first.keys():
-            break
-    else:
+    shape = next((name for name, (keys, _) in SHAPES.items() if keys <= first.keys()), None)
+    if shape is None:
         expected = "; or ".join(" and ".join(sorted(keys)) for keys, _ in SHAPES.values())
         raise ValueError(f"{where}: found the keys {', '.join(map(str, first)) or '(none)'}; expected {expected}")
+    keys, convert = SHAPES[shape]
     samples = []
     for where, record in records:
         missing = keys - record.keys()
@@ -147,7 +146,7 @@ def _turns(where: str, record: dict, key: str, role_key: str, content_key: str, 
 
 
 def _chat(where: str, record: dict) -> Sample:
-    roles = dict(zip(ROLES, ROLES))
+    roles = {role: role for role in ROLES}
     return Sample(where, messages=_turns(where, record, "messages", "role", "content", roles))
 
 

@@ -137,7 +137,7 @@ def _label(text: str, spans: list[tuple[int, int]], tokenizer: Any) -> Encoded:
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     trained = [any(start < last and end > first for first, last in spans) for start, end in offsets]
-    return Encoded(list(ids), [token if keep else IGNORED for token, keep in zip(ids, trained)])
+    return Encoded(list(ids), [token if keep else IGNORED for token, keep in zip(ids, trained, strict=True)])
 
 
 def _begins_with_bos(tokenizer: Any) -> bool:

@@ -97,5 +97,5 @@ def edit_distance(a: str, b: str) -> int:
 
 def character_accuracy(texts: Sequence[str], expected: Sequence[str]) -> float:
     """1 - edit distance / characters expected, over all pairs and not below 0 for any."""
-    right = sum(max(0, len(b) - edit_distance(a, b)) for a, b in zip(texts, expected))
+    right = sum(max(0, len(b) - edit_distance(a, b)) for a, b in zip(texts, expected, strict=True))
     return right / sum(map(len, expected))

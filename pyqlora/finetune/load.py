@@ -1,4 +1,4 @@
-"""The base model in 4 bits and its tokenizer, from a Hugging Face directory or id or a .gguf file, with a LoRA adapter."""
+"""The base model in 4 bits and its tokenizer, from a Hugging Face directory or id or a .gguf file; its adapter."""
 
 from __future__ import annotations
 

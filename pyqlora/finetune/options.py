@@ -57,7 +57,7 @@ class Options:
 
     @property
     def target_modules(self) -> str | list[str]:
-        """`targets` as LoraConfig takes it: a comma makes a list of names; otherwise one name, regex or "all-linear"."""
+        """`targets` as LoraConfig takes it: names with commas as a list; one name, a regex or "all-linear"."""
         if "," in self.targets:
             return [name.strip() for name in self.targets.split(",") if name.strip()]
         return self.targets if self.targets == "all-linear" or not self.targets.isidentifier() else [self.targets]

@@ -28,7 +28,7 @@ class Score:
     def accuracy(self, expected: Sequence[str]) -> tuple[float, float]:
         """Shares of exact matches and of right characters."""
         texts = [text.strip() for text in self.completions]
-        exact = sum(a == b for a, b in zip(texts, expected)) / len(expected)
+        exact = sum(a == b for a, b in zip(texts, expected, strict=True)) / len(expected)
         return exact, character_accuracy(texts, expected)
 
 

@@ -184,7 +184,7 @@ def split(samples: list[Encoded], val: float, seed: int) -> tuple[list[Encoded],
         raise ValueError(f"--val {count} leaves nothing to train on: there are {len(samples)} samples")
     times = Counter(tuple(sample.ids) for sample in samples)
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = {i for i in [i for i in order if times[tuple(samples[i].ids)] == 1][:count]}
+    held = set([i for i in order if times[tuple(samples[i].ids)] == 1][:count])
     return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in order if i in held]
 
 
@@ -220,7 +220,7 @@ def take_steps(loop: Loop, done: int, log: report.Log, screen: Screen, save: Cal
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """An event set by the first SIGINT or SIGTERM, so that the step under way ends well; a second one kills as usual."""
+    """An event set by the first SIGINT or SIGTERM, so that the step under way ends well; a second acts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

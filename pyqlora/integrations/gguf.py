@@ -313,7 +313,7 @@ def load_tokenizer(file: GGUFFile) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     kinds = metadata.get("tokenizer.ggml.token_type", ())
-    marked = [(token, kind) for token, kind in zip(tokens, kinds) if kind in (CONTROL, USER_DEFINED)]
+    marked = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=kind == CONTROL) for t, kind in marked])
 
     def special(key: str) -> str | None:
