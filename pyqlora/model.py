@@ -21,6 +21,7 @@ from pyqlora.adapter_files import (
     set_peft_model_state_dict,
 )
 from pyqlora.config import PeftConfig
+from pyqlora.integrations import adopt
 from pyqlora.tuner import LoraModel
 
 
@@ -57,6 +58,8 @@ class PeftModel(nn.Module):
             self.base_model.cast_adapter(adapter_name)
         if kbit.uses_gradient_checkpointing(model) and hasattr(model, "get_input_embeddings"):
             kbit.require_input_grads(model)
+        if not peft_config.inference_mode:
+            adopt(model)
 
     def _add_saved_modules(self, config: PeftConfig) -> None:
         """A head that the task adds to the base model starts from random values: it must be trained and saved."""
