@@ -5,7 +5,11 @@
 namespace pyqlora {
 
 void bind_quantize(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_linear_4bit(pybind11::module_& cpu, pybind11::module_& cuda);
 
-inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) { bind_quantize(cpu, cuda); }
+inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
+    bind_quantize(cpu, cuda);
+    bind_linear_4bit(cpu, cuda);
+}
 
 }  // namespace pyqlora

@@ -41,6 +41,20 @@ def native(tensor: torch.Tensor) -> tuple[Any, int]:
     return _C.cuda, torch.cuda.current_stream(device).cuda_stream
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether kernels may be called on it directly, past torch's dispatcher: it has memory, and nothing is watching.
+
+    False while compiling, in a dispatch mode (fake tensors, tracing, counting), in a functorch transform, and for
+    tensor subclasses.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 @contextmanager
 def override(module: Any):
     """Serve every tensor from `module`: how the tests run the CUDA kernels on emulated device memory."""

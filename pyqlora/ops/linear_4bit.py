@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyqlora import _C
-from pyqlora.ops.backend import native
+from pyqlora.ops.backend import is_plain, native
 from pyqlora.ops.quantize import dequantize_4bit_into
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
@@ -20,10 +20,6 @@ _WEIGHT = (
 )
 library.define(f"linear_4bit(Tensor x, {_WEIGHT}, Tensor? bias) -> Tensor")
 library.define(f"linear_4bit_backward(Tensor dy, {_WEIGHT}) -> Tensor")
-
-# On the CPU no more than this much of W is ever held dequantized: one workspace per Python thread.
-_WORKSPACE_BYTES = 4 << 20
-_local = threading.local()
 
 
 @torch.library.register_fake("pyqlora::linear_4bit", lib=library)
@@ -36,60 +32,77 @@ def _(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, 
     return dy.new_empty((*dy.shape[:-1], shape[1]))
 
 
-def _check(arg: str, x: Tensor, columns: int) -> None:
+# CPU: up to this many rows of x go through the kernel that decodes W in registers; more go through torch's GEMM on one
+# piece of W after the other, decoded into a workspace of this size, one per Python thread (a longer row is one piece).
+_FUSED_ROWS = 8
+_WORKSPACE_BYTES = 4 << 20
+_local = threading.local()
+
+
+def _pieces(weight: tuple, n: int, k: int):
+    """(first row, last row, float32 rows of W), one after the other."""
+    rows = max(1, min(n, _WORKSPACE_BYTES // (4 * k)))
+    workspace = getattr(_local, "workspace", None)
+    if workspace is None or workspace.numel() < rows * k:
+        size = max(rows * k, _WORKSPACE_BYTES // 4)
+        workspace = _local.workspace = torch.empty(size, dtype=torch.float32, device="cpu")
+    for first in range(0, n, rows):
+        last = min(first + rows, n)
+        piece = workspace[: (last - first) * k].view(last - first, k)
+        yield first, last, dequantize_4bit_into(piece, *weight, n * k, first * k)
+
+
+def _whole(weight: tuple, shape: list[int], dtype: torch.dtype) -> Tensor:
+    out = weight[0].new_empty(tuple(shape), dtype=dtype)
+    return dequantize_4bit_into(out, *weight, math.prod(shape))
+
+
+def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
+    if min(shape) < 1:
+        raise ValueError(f"linear_4bit: shape: expected [N, K], both positive, got {list(shape)}")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"linear_4bit: {arg}: expected float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(f"linear_4bit: {arg}: expected a last dimension of {columns}, got shape {list(x.shape)}")
 
 
-def _panels(weight: tuple, shape: list[int], device: torch.device):
-    """(first row, last row, float32 rows of W) one after the other, in this thread's workspace."""
-    *packed_and_scales, blocksize, quant_type = weight
+def _forward(x: Tensor, *weight_shape_bias) -> Tensor:
+    *weight, shape, bias = weight_shape_bias
     n, k = shape
-    rows = max(1, min(n, _WORKSPACE_BYTES // (4 * max(k, 1))))
-    buffer = getattr(_local, "buffer", None)
-    if buffer is None or buffer.numel() < rows * k:
-        buffer = _local.buffer = torch.empty(max(rows * k, _WORKSPACE_BYTES // 4), device=device)
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        panel = buffer[: (last - first) * k].view(last - first, k)
-        yield first, last, dequantize_4bit_into(panel, *packed_and_scales, blocksize, quant_type, n * k, first * k)
-
-
-def _whole(weight: tuple, shape: list[int], dtype: torch.dtype) -> Tensor:
-    *packed_and_scales, blocksize, quant_type = weight
-    out = weight[0].new_empty(tuple(shape), dtype=dtype)
-    return dequantize_4bit_into(out, *packed_and_scales, blocksize, quant_type, math.prod(shape))
-
-
-def _forward(
-    x, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type, shape, bias
-):
-    n, k = shape
-    _check("x", x, k)
-    weight = (packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type)
-    if native(x)[0] is not _C.cpu:
+    _check("x", x, k, shape)
+    module, context = native(x)
+    if module is not _C.cpu:
         return torch.nn.functional.linear(x, _whole(weight, shape, x.dtype), None if bias is None else bias.to(x.dtype))
-    x2 = x.reshape(-1, k).float()
-    y = x2.new_empty((x2.shape[0], n))
-    for first, last, panel in _panels(weight, shape, x.device):
-        torch.mm(x2, panel.t(), out=y[:, first:last])
-    if bias is not None:
-        y += bias
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    y = x.new_empty((*x.shape[:-1], n))
+    m = x.numel() // k
+    if m <= _FUSED_ROWS:
+        *packed_and_scales, blocksize, quant_type = weight
+        module.linear_4bit(x.contiguous(), *packed_and_scales, bias, y, n, k, blocksize, quant_type, context)
+        return y
+    x, rows = x.reshape(m, k).float(), y.view(m, n)
+    for first, last, piece in _pieces(weight, n, k):
+        product = rows[:, first:last]
+        if y.dtype == torch.float32:
+            torch.mm(x, piece.t(), out=product)
+            if bias is not None:
+                product += bias[first:last]
+        elif bias is None:
+            product.copy_(torch.mm(x, piece.t()))
+        else:
+            product.copy_(torch.addmm(bias[first:last].float(), x, piece.t()))
+    return y
 
 
-def _backward(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type, shape):
+def _backward(dy: Tensor, *weight_shape) -> Tensor:
+    *weight, shape = weight_shape
     n, k = shape
-    _check("dy", dy, n)
-    weight = (packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type)
+    _check("dy", dy, n, shape)
     if native(dy)[0] is not _C.cpu:
         return torch.matmul(dy, _whole(weight, shape, dy.dtype))
-    dy2 = dy.reshape(-1, n).float()
-    dx = dy2.new_zeros((dy2.shape[0], k))
-    for first, last, panel in _panels(weight, shape, dy.device):
-        dx.addmm_(dy2[:, first:last], panel)
+    rows, dx = dy.reshape(-1, n).float(), None
+    for first, last, piece in _pieces(weight, n, k):
+        columns = rows[:, first:last]
+        dx = torch.mm(columns, piece) if dx is None else dx.addmm_(columns, piece)
     return dx.to(dy.dtype).view(*dy.shape[:-1], k)
 
 
@@ -108,13 +121,37 @@ def _save(ctx, inputs, output):
 def _grads(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.pyqlora.linear_4bit_backward(dy, *ctx.saved_tensors, *ctx.rest)
+        direct = is_plain(dy) and not torch.is_grad_enabled()
+        backward = _backward if direct else torch.ops.pyqlora.linear_4bit_backward
+        dx = backward(dy, *ctx.saved_tensors, *ctx.rest)
     if ctx.needs_input_grad[10]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return (dx, *(None,) * 9, dbias)
 
 
+def _save_backward(ctx, inputs, output):
+    _save(ctx, (*inputs, None), output)
+
+
+def _grads_backward(ctx, ddx):
+    return torch.ops.pyqlora.linear_4bit(ddx, *ctx.saved_tensors, *ctx.rest, None), *(None,) * 9
+
+
 torch.library.register_autograd("pyqlora::linear_4bit", _grads, setup_context=_save, lib=library)
+torch.library.register_autograd(
+    "pyqlora::linear_4bit_backward", _grads_backward, setup_context=_save_backward, lib=library
+)
+
+
+class _Linear4bit(torch.autograd.Function):
+    """The operator's autograd without the dispatcher, which would cost several times as much as a small product."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _save(ctx, inputs, None)
+        return _forward(*inputs)
+
+    backward = staticmethod(_grads)
 
 
 def linear_4bit(
@@ -133,12 +170,16 @@ def linear_4bit(
     """x · Wᵀ + bias for a W of `shape` [N, K] packed as `quantize_4bit` does (see `pyqlora.functional` for the format).
 
     x is [..., K] in float32, float16 or bfloat16; the result is [..., N] in x's dtype. On a CPU the arithmetic is
-    float32 whatever x is, rounded once at the end, and W is decoded in pieces of at most 4 MiB. Differentiable in x and
-    bias, not in W.
+    float32 whatever x is, rounded once at the end, and no more than 4 MiB of W are ever held decoded per thread. On a
+    GPU W is decoded to x's dtype. Differentiable in x and bias, not in W.
 
     Raises:
         ValueError: an argument has the wrong dtype, device or size; the message names it.
     """
-    return torch.ops.pyqlora.linear_4bit(
-        x, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type, shape, bias
-    )
+    inputs = (x, packed, absmax, nested_absmax, nested_code, offset)
+    inputs += (nested_blocksize, blocksize, quant_type, shape, bias)
+    if not is_plain(x):
+        return torch.ops.pyqlora.linear_4bit(*inputs)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear4bit.apply(*inputs)
+    return _forward(*inputs)

@@ -1,0 +1,108 @@
+#include "ops/linear_4bit.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "core/dispatch.h"
+#include "core/float16.h"
+#include "core/parallel.h"
+#include "core/simd_avx2.h"
+#include "core/simd_avx512.h"
+#include "ops/quantize_cpu.h"
+
+namespace pyqlora::cpu {
+namespace {
+
+constexpr int kMaxRows = 8;  // of x, for one pass over W
+
+}  // namespace
+
+namespace scalar {
+namespace {
+
+template <class Q>
+constexpr std::nullptr_t dot_packed = nullptr;  // the portable way is always to decode a row, then to multiply
+
+float dot(const float* x, const float* w, int64_t k) {
+    float sum[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8)
+        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * w[i + j];
+    for (; i < k; ++i) sum[0] += x[i] * w[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+}  // namespace
+}  // namespace scalar
+
+#if PYQLORA_X86
+PYQLORA_TARGET(PYQLORA_AVX2)
+namespace avx2 {
+namespace {
+#include "ops/linear_4bit_simd.inl"
+}  // namespace
+}  // namespace avx2
+PYQLORA_TARGET_END
+
+PYQLORA_TARGET(PYQLORA_AVX512)
+namespace avx512 {
+namespace {
+#include "ops/linear_4bit_simd.inl"
+}  // namespace
+}  // namespace avx512
+PYQLORA_TARGET_END
+#endif
+
+namespace {
+
+template <class T>
+std::unique_ptr<float[]> to_floats(const TensorRef& t) {
+    std::unique_ptr<float[]> floats(new float[t.numel]);
+    for (int64_t i = 0; i < t.numel; ++i) floats[i] = to_float(t.as<T>()[i]);
+    return floats;
+}
+
+// A tensor's values as float32: its own memory, or a copy that `owner` keeps.
+const float* as_floats(const TensorRef& t, std::unique_ptr<float[]>& owner) {
+    if (!t.defined() || t.dtype == DType::f32) return t.as<float>();
+    owner = t.dtype == DType::f16 ? to_floats<Half>(t) : to_floats<BFloat16>(t);
+    return owner.get();
+}
+
+using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const BlockScale&, int64_t, int64_t, float*);
+
+}  // namespace
+
+void linear_4bit(const Linear4bitArgs& a, int threads) {
+    const BlockScale scale(a.scales);
+    const uint8_t* packed = a.packed.as<uint8_t>();
+    std::unique_ptr<float[]> x_floats, bias_floats;
+    const float *x = as_floats(a.x, x_floats), *bias = as_floats(a.bias, bias_floats);
+    const int64_t m = a.m(), k = a.k;
+    const auto dot = PYQLORA_SELECT(dot);
+    DotPacked dot_packed = nullptr;
+    if (k % 32 == 0)
+        dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });
+
+    dispatch_float<Half, BFloat16>(a.y.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
+            std::unique_ptr<float[]> row(dot_packed ? nullptr : new float[k]);
+            for (int64_t n = first; n < last; ++n) {
+                if (row) decode_4bit(packed, scale, a.type, a.blocksize, n * k, (n + 1) * k, row.get());
+                for (int64_t i = 0; i < m; i += kMaxRows) {
+                    const int rows = static_cast<int>(std::min<int64_t>(kMaxRows, m - i));
+                    float y[kMaxRows];
+                    if (dot_packed)
+                        dot_packed(rows, x + i * k, k, packed, scale, a.blocksize, n, y);
+                    else
+                        for (int j = 0; j < rows; ++j) y[j] = dot(x + (i + j) * k, row.get(), k);
+                    for (int j = 0; j < rows; ++j)
+                        a.y.as<T>()[(i + j) * a.n + n] = from_float<T>(bias ? y[j] + bias[n] : y[j]);
+                }
+            }
+        });
+    });
+}
+
+}  // namespace pyqlora::cpu
