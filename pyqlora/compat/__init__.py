@@ -12,12 +12,12 @@ import sys
 import warnings
 from types import ModuleType
 
-from pyqlora.compat import bitsandbytes, bitsandbytes_ops
+from pyqlora.compat import bitsandbytes, bitsandbytes_ops, peft
 from pyqlora.compat.stand_in import VersionFinder, forget_availability, module_tree
 
 __all__ = ["install", "uninstall"]
 
-PEERS = (bitsandbytes,)
+PEERS = (bitsandbytes, peft)
 
 _set_aside: dict[str, ModuleType] = {}
 _finder = VersionFinder({peer.NAME: peer.VERSION for peer in PEERS})

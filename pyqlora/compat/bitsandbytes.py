@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from pyqlora.compat.stand_in import refused_class, refused_function
 
 NAME = "bitsandbytes"
 VERSION = "0.50.2"
 
 
-def _refusal(name: str) -> NotImplementedError:
-    return NotImplementedError(
+def _refusal(name: str) -> str:
+    return (
         f"bitsandbytes.{name}: LLM.int8 is not part of pyqlora. Use 4-bit layers instead: Linear4bit, or "
-        "BitsAndBytesConfig(load_in_4bit=True) with transformers; for int8 uninstall the stand-in and use bitsandbytes."
+        "BitsAndBytesConfig(load_in_4bit=True) with transformers; for int8 run bitsandbytes without the stand-in"
     )
-
-
-def _refused_function(name: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise _refusal(name)
-
-    refuse.__name__ = refuse.__qualname__ = name.rpartition(".")[2]
-    return refuse
-
-
-def _refused_class(name: str, base: type = object) -> type:
-    """A class for isinstance to say no to, which cannot be made."""
-
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> None:
-        raise _refusal(name)
-
-    return type(name.rpartition(".")[2], (base,), {"__new__": refuse, "__doc__": f"Not part of pyqlora: {name}."})
 
 
 def has_avx512bf16() -> bool:
@@ -46,7 +29,7 @@ def sync_gpu(t: torch.Tensor) -> None:
 
 
 _INT8_FUNCTIONS = {
-    name: _refused_function(f"functional.{name}")
+    name: refused_function(_refusal(f"functional.{name}"))
     for name in (
         "int8_double_quant",
         "int8_linear_matmul",
@@ -56,14 +39,14 @@ _INT8_FUNCTIONS = {
     )
 }
 _INT8_LAYERS = {
-    "Embedding8bit": _refused_class("nn.Embedding8bit", torch.nn.Embedding),
-    "Int8Params": _refused_class("nn.Int8Params", torch.nn.Parameter),
-    "Linear8bitLt": _refused_class("nn.Linear8bitLt", torch.nn.Linear),
-    "OutlierAwareLinear": _refused_class("nn.OutlierAwareLinear", torch.nn.Linear),
+    "Embedding8bit": refused_class("Embedding8bit", _refusal("nn.Embedding8bit"), torch.nn.Embedding),
+    "Int8Params": refused_class("Int8Params", _refusal("nn.Int8Params"), torch.nn.Parameter),
+    "Linear8bitLt": refused_class("Linear8bitLt", _refusal("nn.Linear8bitLt"), torch.nn.Linear),
+    "OutlierAwareLinear": refused_class("OutlierAwareLinear", _refusal("nn.OutlierAwareLinear"), torch.nn.Linear),
 }
 _MATMUL = {
-    "MatmulLtState": _refused_class("MatmulLtState"),
-    "matmul": _refused_function("matmul"),
+    "MatmulLtState": refused_class("MatmulLtState", _refusal("MatmulLtState")),
+    "matmul": refused_function(_refusal("matmul")),
 }
 _DEVICES = {"features": {"multi_backend"}, "supported_torch_devices": {"cpu", "cuda"}}
 

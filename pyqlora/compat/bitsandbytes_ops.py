@@ -43,7 +43,10 @@ def _gemm_4bit(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    scales = (absmax, None, None, None) if absmax_8bit is None else (absmax_8bit, absmax, absmax_code, absmax_offset)
+    if absmax_8bit is None:
+        scales = absmax, None, None, None
+    else:
+        scales = absmax_8bit, absmax, absmax_code, absmax_offset.float()
     return torch.ops.pyqlora.linear_4bit(
         A, quant.packed_bytes(B), *scales, quant.NESTED_BLOCKSIZE, blocksize, quant_type, shapeB, bias
     )

@@ -82,6 +82,24 @@ def module_tree(root: str, version: str, modules: Mapping[str, tuple]) -> dict[s
     return tree
 
 
+def refused_class(name: str, message: str, base: type = object) -> type:
+    """A class to import and to ask isinstance about, which raises NotImplementedError when it is made."""
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(message)
+
+    return type(name, (base,), {"__new__": refuse, "__doc__": message})
+
+
+def refused_function(message: str) -> Any:
+    """A function to import, which raises NotImplementedError when it is called."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(message)
+
+    return refuse
+
+
 class VersionFinder(importlib.metadata.DistributionFinder):
     """Tells `importlib.metadata` the versions of the packages stood in for; it finds no modules."""
 
