@@ -40,7 +40,7 @@ _AF4 = (
 
 
 def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
-    """The 16 values (float32, by code) of "nf4", "fp4", "int4" or "af4", the largest of them scaled to 1.
+    """The 16 values (float32, by code) of "nf4", "fp4" or "af4".
 
     Raises:
         NotImplementedError: another type, or "af4" with a block size other than 64.
@@ -48,8 +48,6 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
     device = device or "cpu"
     if typename in quant.QUANT_TYPES:
         return quant.code_table(typename, device).clone()
-    if typename == "int4":
-        return torch.tensor([*range(7, -1, -1), *range(0, -8, -1)], dtype=torch.float32, device=device) / 7
     if typename == "af4" and blocksize == 64:
         return torch.tensor(_AF4, device=device)
     raise NotImplementedError(f"get_4bit_type: {typename} with blocksize {blocksize} is not supported")

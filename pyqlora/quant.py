@@ -200,8 +200,8 @@ _NESTED_FIELDS = {"nested_absmax", "nested_blocksize", "nested_quant_map", "nest
 
 def _unpack(qs_dict: dict[str, Any]) -> dict[str, Any]:
     """Fields by their bare names, those of the JSON tensor among them."""
-    fields = dict(qs_dict)
-    packed = [k for k, v in fields.items() if PACKED_KEY.rstrip("_") in k and isinstance(v, Tensor)]
+    fields = {key.rpartition(".")[2]: value for key, value in qs_dict.items()}
+    packed = [key for key in fields if key.startswith("bitsandbytes__")]
     if "quant_type" not in fields:
         if len(packed) != 1 or packed[0].rpartition("__")[2] not in QUANT_TYPES:
             raise ValueError(
@@ -213,7 +213,7 @@ def _unpack(qs_dict: dict[str, Any]) -> dict[str, Any]:
             fields |= json.loads(text)
         except ValueError as error:
             raise ValueError(f"QuantState.from_dict: {packed[0]} does not hold JSON: {text[:60]!r}") from error
-    return {k.rpartition(".")[2]: v for k, v in fields.items()}
+    return fields
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

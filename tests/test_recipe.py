@@ -27,17 +27,16 @@ from transformers import (
 from pyqlora import BitsAndBytesConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 
 OPTIM = "adamw_torch"
-WORDS = tuple("the a cat dog bird sees hears follows small large red blue house tree and then it sleeps runs .".split())
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXTS = ["the small cat sees a red bird and then it sleeps .", "a large dog follows the blue cat and then it runs ."]
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *sorted(set(" ".join(TEXTS).split()))]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A directory with a random Llama in bfloat16 and a word tokenizer."""
     path = tmp_path_factory.mktemp("base")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
@@ -45,7 +44,7 @@ def base(tmp_path_factory):
     tokenizer.save_pretrained(path)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(VOCABULARY),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -122,7 +121,7 @@ def test_trainable_parameters(trained, capsys):
     trainable = 2 * sum(16 * (n + k) for n, k in shapes)
     assert trained.model.get_nb_trainable_parameters() == (
         trainable,
-        trainable + 2 * sum(n * k for n, k in shapes) + 2 * 24 * 64 + 5 * 64,
+        trainable + 2 * sum(n * k for n, k in shapes) + 2 * len(VOCABULARY) * 64 + 5 * 64,
     )
     trained.model.print_trainable_parameters()
     assert f"trainable params: {trainable:,}" in capsys.readouterr().out

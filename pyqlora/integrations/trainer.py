@@ -2,9 +2,9 @@
 
 The Trainer saves adapters alone, resumes from them and trains a quantized model only if it finds a PeftModel, for which
 it asks PEFT; and it knows bitsandbytes' optimizers by name (`optim="paged_adamw_8bit"`). `register()` answers both
-questions in this process: the names by which the Trainer asks for PEFT's classes then include pyqlora's, whether PEFT is
-installed or not, and bitsandbytes' optimizer names give pyqlora's. `unregister()` takes it back. Putting an adapter on
-one of transformers' models to train it calls `register()`.
+questions in this process: the names by which the Trainer asks for PEFT's classes then include pyqlora's, whether PEFT
+is installed or not, and bitsandbytes' optimizer names give pyqlora's. `unregister()` takes it back. Putting an adapter
+on one of transformers' models to train it calls `register()`.
 """
 
 from __future__ import annotations
