@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,17 @@ def is_transposed(layer: nn.Module) -> bool:
     return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(layer).mro())
 
 
+def quant_state(layer: nn.Module) -> Any:
+    """The QuantState of a layer whose weight lies in 4-bit blocks; None for any other.
+
+    FSDP replaces the parameter by a plain one; the layer knows the state then.
+    """
+    return getattr(getattr(layer, "weight", None), "quant_state", None) or getattr(layer, "quant_state", None)
+
+
 def is_4bit(layer: nn.Module) -> bool:
-    """Whether the layer keeps its weight in 4-bit blocks: pyqlora's Linear4bit, or bitsandbytes'."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+    """Whether the layer's weight lies in 4-bit blocks: a quantized Linear4bit, pyqlora's or bitsandbytes'."""
+    return quant_state(layer) is not None
 
 
 def weight_of(layer: nn.Module) -> Tensor | None:
@@ -39,7 +48,7 @@ def read(layer: nn.Module) -> Tensor | None:
     if is_4bit(layer):
         from pyqlora.functional import dequantize_4bit
 
-        state = copy.copy(layer.weight.quant_state)
+        state = copy.copy(quant_state(layer))
         state.dtype = torch.float32
         return dequantize_4bit(layer.weight.data, state).view(state.shape)
     weight = weight_of(layer)
@@ -61,7 +70,7 @@ def plain_linear(layer: nn.Module, weight: Tensor | None = None) -> nn.Linear:
     weight = read(layer) if weight is None else weight
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight.to(layer.weight.quant_state.dtype), requires_grad=False)
+    linear.weight = nn.Parameter(weight.to(quant_state(layer).dtype), requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return linear.train(layer.training)
@@ -71,19 +80,17 @@ def requantized(layer: nn.Module, weight: Tensor) -> nn.Module:
     """A 4-bit layer like `layer` with other values, quantized in the same format."""
     from pyqlora.nn import Params4bit
 
-    old = layer.weight
+    state = quant_state(layer)
     new = copy.copy(layer)
     new._parameters = dict(layer._parameters)
-    values = weight.to(old.quant_state.dtype)
     new.weight = Params4bit(
-        values,
-        requires_grad=False,
-        blocksize=old.quant_state.blocksize,
-        compress_statistics=old.quant_state.nested,
-        quant_type=old.quant_state.quant_type,
-        quant_storage=old.quant_storage,
+        weight.to(state.dtype),
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=layer.weight.dtype,
         module=new,
-    ).to(old.device)
+    ).to(layer.weight.device)
     if layer.bias is not None:
         new.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return new

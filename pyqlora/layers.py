@@ -14,6 +14,7 @@ from pyqlora import dense
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.ops.lora_linear import compute_dtype, lora_linear
+from pyqlora.variants import init_embedding
 
 
 class Linear(LoraLayer):
@@ -70,6 +71,10 @@ class Embedding(LoraLayer):
         self.lora_embedding_A[name] = nn.Parameter(torch.randn(r, self.in_features))
         self.lora_embedding_B[name] = nn.Parameter(torch.randn(self.out_features, r))
 
+    def initialise(self, name: str, config: LoraConfig) -> None:
+        if config.init_lora_weights:  # whatever it names: the other ways are for matrices that multiply
+            init_embedding(self, name, config)
+
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
@@ -124,6 +129,14 @@ class ConvNd(LoraLayer):
         kind, one = type(base), (1,) * len(base.kernel_size)
         self.lora_A[name] = kind(self.in_features, r, base.kernel_size, base.stride, base.padding, bias=False)
         self.lora_B[name] = kind(r, self.out_features, one, one, groups=base.groups, bias=config.lora_bias)
+
+    def initialise(self, name: str, config: LoraConfig) -> None:
+        if config.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(
+                f"Unknown initialization init_lora_weights={config.init_lora_weights!r} for a convolution: expected "
+                "True, False or 'gaussian'"
+            )
+        super().initialise(name, config)
 
     def delta_matrix(self, name: str) -> Tensor:
         if self.get_base_layer().groups > 1:

@@ -98,6 +98,10 @@ class LoraLayer(nn.Module):
         """Create A and B of an adapter, on the CPU in float32."""
         raise NotImplementedError
 
+    def initialise(self, name: str, config: LoraConfig) -> None:
+        """Give A and B their first values."""
+        initialise(self, name, config)
+
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter."""
         return self.lora_A[name].weight, self.lora_B[name].weight
@@ -162,7 +166,7 @@ class LoraLayer(nn.Module):
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.make_factors(adapter_name, r, config)
         if self.factors(adapter_name)[0].device.type != "meta":
-            initialise(self, adapter_name, config)
+            self.initialise(adapter_name, config)
         self.move_adapter(adapter_name)
         if config.use_dora:
             Dora.init(self, adapter_name)

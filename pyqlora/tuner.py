@@ -172,7 +172,8 @@ class LoraModel(nn.Module):
     def _freeze_base(self) -> None:
         """Leave only adapters, modules_to_save and the biases that the active configs name trainable."""
         own = {id(p) for module in self.adapted() for p in self._own_parameters(module)}
-        biases = {self.peft_config[name].bias for name in self.active_adapters if name in self.peft_config}
+        configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
+        biases = {config.bias for config in configs if not config.inference_mode}
         of_layers = {id(layer.bias) for layer in self.layers()} if "lora_only" in biases else set()
         for name, parameter in self.model.named_parameters():
             if id(parameter) in own:

@@ -41,6 +41,13 @@ def init_gaussian(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     _zero_b(layer, name, b)
 
 
+def init_embedding(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+    """A = 0 and B normal: of an embedding A holds the rows, so a token's update starts at zero in A."""
+    a, b = layer.factors(name)
+    nn.init.zeros_(a)
+    nn.init.normal_(b)
+
+
 def init_zero_b(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """B = 0 and A as made: what EVA starts from until its vectors are computed from data."""
     nn.init.zeros_(layer.factors(name)[1])
@@ -109,7 +116,7 @@ def _split_off(layer: LoraLayer, name: str, weight: Tensor, a: Tensor, b: Tensor
 
 @torch.no_grad()
 def init_loftq(layer: LoraLayer, name: str, config: LoraConfig) -> None:
-    """Alternate quantizing W − B·A and taking B·A from the error (Li et al. 2023, arXiv:2310.08659).
+    """Alternate quantizing W − sB·A and taking sB·A from the error (Li et al. 2023, arXiv:2310.08659).
 
     The base keeps the dequantized values, so that quantizing it with NF4 in blocks of 64 loses next to nothing more.
 
@@ -129,9 +136,9 @@ def init_loftq(layer: LoraLayer, name: str, config: LoraConfig) -> None:
         packed, absmax = quantize_4bit(rest, 64, "nf4")
         decoded = dequantize_4bit(packed, absmax, None, None, None, 256, 64, "nf4", list(weight.shape), torch.float32)
         u, s, vh = torch.linalg.svd(weight - decoded, full_matrices=False)
-        root = s[:r].sqrt()
+        root = (s[:r] / layer.scaling[name]).sqrt()
         a, b = root[:, None] * vh[:r], u[:, :r] * root
-        rest = weight - b @ a
+        rest = weight - layer.scaling[name] * (b @ a)
     layer.set_factors(name, a, b)
     layer.set_weight(decoded)
 

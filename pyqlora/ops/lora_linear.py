@@ -32,7 +32,7 @@ def lora_linear(
         scaling: factor s of the update.
         dropout: probability of zeroing an element of x, in steps of 2⁻¹⁶; the kept ones grow by 1/(1 − dropout). The
             mask follows from a seed drawn from torch's default generator.
-        inplace: `base` may be overwritten, and is the result if it is contiguous.
+        inplace: `base` may be overwritten, and is the result unless it is strided or a view.
 
     Returns:
         [..., N] in the dtype of `base`.
@@ -42,7 +42,7 @@ def lora_linear(
     """
     _check(base, x, a, b, dropout)
     seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-    inplace = inplace and base.is_contiguous()
+    inplace = inplace and base.is_contiguous() and not base._is_view()
     return _LoraLinear.apply(base, x, a, b, scaling, dropout, seed, compute_dtype(x, a), inplace)
 
 
