@@ -43,4 +43,8 @@ namespace cpu {
 void linear_4bit(const Linear4bitArgs& a, int threads);
 }  // namespace cpu
 
+namespace cuda {  // stream: a cudaStream_t
+void linear_4bit(const Linear4bitArgs& a, void* stream);
+}  // namespace cuda
+
 }  // namespace pyqlora

@@ -1,7 +1,7 @@
 #include "core/dispatch.h"
 #include "core/launch.h"
 #include "core/vector.cuh"
-#include "ops/quantize.h"
+#include "ops/quantize_cuda.cuh"
 
 namespace pyqlora::cuda {
 namespace {
@@ -10,19 +10,6 @@ namespace {
 constexpr int kThreads = 512, kTile = kThreads * kVector;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kTiny = 1e-38f;  // bitsandbytes' smallest divisor
-
-int log2(int64_t power_of_two) { return __builtin_ctzll(power_of_two); }
-
-// A 16-entry table as a kernel argument: it comes with the launch and is copied to shared memory.
-struct Table16 {
-    float at[16];
-};
-template <size_t N>
-Table16 table16(const float (&values)[N]) {
-    Table16 table{};
-    for (size_t i = 0; i < N; ++i) table.at[i] = values[i];
-    return table;
-}
 
 // Elements base .. base + 7, zeros from n on.
 template <class T>
@@ -155,28 +142,6 @@ __global__ void __launch_bounds__(kThreads)
 // Decoding: 256 threads take `kSteps` vectors each, so that a thread has several loads under way.
 constexpr int kDecodeThreads = 256, kSteps = 4, kDecodeStep = kDecodeThreads * kVector,
               kDecodeTile = kDecodeStep * kSteps;
-
-// Scales with the block sizes as shifts.
-struct DeviceScales {
-    const float* absmax;
-    const uint8_t* codes;  // null: absmax is not quantized
-    const float *nested_absmax, *nested_code, *offset;
-    int log2_nested_blocksize;
-
-    explicit DeviceScales(const Scales& s)
-        : absmax(s.nested() ? nullptr : s.absmax.as<float>()),
-          codes(s.nested() ? s.absmax.as<uint8_t>() : nullptr),
-          nested_absmax(s.nested_absmax.as<float>()),
-          nested_code(s.nested_code.as<float>()),
-          offset(s.offset.as<float>()),
-          log2_nested_blocksize(log2(s.nested_blocksize)) {}
-
-    __device__ __forceinline__ float operator[](int64_t block) const {
-        if (!codes) return __ldg(absmax + block);
-        const float value = __ldg(nested_code + __ldg(codes + block));
-        return __fadd_rn(__fmul_rn(value, __ldg(nested_absmax + (block >> log2_nested_blocksize))), __ldg(offset));
-    }
-};
 
 template <class T>
 __global__ void __launch_bounds__(kDecodeThreads)

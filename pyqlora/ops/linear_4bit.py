@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import threading
 
 import torch
 from torch import Tensor
 
 from pyqlora import _C
+from pyqlora.ops import linear_4bit_cuda
 from pyqlora.ops.backend import is_plain, native
 from pyqlora.ops.quantize import dequantize_4bit_into
 
@@ -52,11 +52,6 @@ def _pieces(weight: tuple, n: int, k: int):
         yield first, last, dequantize_4bit_into(piece, *weight, n * k, first * k)
 
 
-def _whole(weight: tuple, shape: list[int], dtype: torch.dtype) -> Tensor:
-    out = weight[0].new_empty(tuple(shape), dtype=dtype)
-    return dequantize_4bit_into(out, *weight, math.prod(shape))
-
-
 def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
     if min(shape) < 1:
         raise ValueError(f"linear_4bit: shape: expected [N, K], both positive, got {list(shape)}")
@@ -72,7 +67,7 @@ def _forward(x: Tensor, *weight_shape_bias) -> Tensor:
     _check("x", x, k, shape)
     module, context = native(x)
     if module is not _C.cpu:
-        return torch.nn.functional.linear(x, _whole(weight, shape, x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear_4bit_cuda.forward(x, weight, shape, bias)
     y = x.new_empty((*x.shape[:-1], n))
     m = x.numel() // k
     if m <= _FUSED_ROWS:
@@ -98,7 +93,7 @@ def _backward(dy: Tensor, *weight_shape) -> Tensor:
     n, k = shape
     _check("dy", dy, n, shape)
     if native(dy)[0] is not _C.cpu:
-        return torch.matmul(dy, _whole(weight, shape, dy.dtype))
+        return torch.matmul(dy, linear_4bit_cuda.whole(weight, shape, dy.dtype))
     rows, dx = dy.reshape(-1, n).float(), None
     for first, last, piece in _pieces(weight, n, k):
         columns = rows[:, first:last]
