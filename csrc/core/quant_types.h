@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__CUDACC__) || defined(PYQLORA_EMULATION)
+#if defined(__CUDACC__)
 #define PYQLORA_HD __host__ __device__ __forceinline__
 #else
 #define PYQLORA_HD inline

@@ -1,0 +1,300 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
+
+#include "core/cpu_features.h"
+#include "core/dispatch.h"
+#include "core/float16.h"
+#include "core/parallel.h"
+#include "ops/optim_step.h"
+#include "ops/state_codes.h"
+#if defined(PYQLORA_X86)
+#include <immintrin.h>
+#endif
+
+namespace pyqlora::cpu {
+namespace {
+
+// One loop for every rule and instruction set: the compiler vectorizes it in each of the functions that inline it.
+// With `only_direction` it leaves the states alone and puts u in the place of p.
+template <bool only_direction, class Rule>
+[[gnu::always_inline]] inline void apply_rule(const Rule& rule, float size, const float* g, float* p, float* s0,
+                                              float* s1, float* s2, int64_t n) {
+    constexpr float largest = std::numeric_limits<float>::max();
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) {
+        float* const at[3] = {s0 + i, s1 + i, s2 + i};
+        float s[Rule::states];
+        for (int k = 0; k < Rule::states; ++k) s[k] = *at[k];
+        const float gradient = Rule::coupled ? fmaf(rule.weight_decay, p[i], g[i]) : g[i];
+        const float u = rule.update(gradient, s), updated = fmaf(-size, u, p[i] * rule.decay);
+        bool finite = true;
+        for (int k = 0; k < Rule::states; ++k) finite &= std::fabs(s[k]) <= largest;
+        if constexpr (only_direction) {
+            p[i] = finite ? u : 0.0f;
+        } else {
+            p[i] = finite ? updated : p[i];
+            for (int k = 0; k < Rule::states; ++k) *at[k] = finite ? s[k] : *at[k];
+        }
+    }
+}
+
+[[gnu::always_inline]] inline float largest_magnitude(const float* x, int64_t n) {
+    uint32_t largest = 0;  // magnitudes sort like their bits
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    return bit_cast<float>(largest);
+}
+
+template <class From, class To>
+[[gnu::always_inline]] inline void convert(const From* from, To* to, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) to[i] = from_float<To>(to_float(from[i]));
+}
+
+struct Scalar {
+    template <bool only_direction = false, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
+        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    }
+    template <class From, class To>
+    static void copy(const From* from, To* to, int64_t n) {
+        convert(from, to, n);
+    }
+    static float absmax(const float* x, int64_t n) { return largest_magnitude(x, n); }
+    static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) x[i] = codes.map[q[i]] * absmax;
+    }
+    static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) q[i] = codes(x[i] * factor);
+    }
+};
+
+#if defined(PYQLORA_X86)
+PYQLORA_TARGET(PYQLORA_AVX2)
+struct Avx2 {
+    template <bool only_direction = false, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
+        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    }
+    template <class From, class To>
+    static void copy(const From* from, To* to, int64_t n) {
+        convert(from, to, n);
+    }
+    static void copy(const Half* from, float* to, int64_t n) {
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+        convert(from + i, to + i, n - i);
+    }
+    static void copy(const float* from, Half* to, int64_t n) {
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+        convert(from + i, to + i, n - i);
+    }
+    static float absmax(const float* x, int64_t n) { return largest_magnitude(x, n); }
+    // No gather instructions, here or in encode: plain loads are as fast where gathers are good and far faster where
+    // microcode has slowed them down.
+    static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
+        Scalar::decode(codes, q, absmax, x, n);
+    }
+    static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
+        const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), lowest = _mm256_set1_epi32(StateCodes::lowest);
+        const __m256i highest = _mm256_set1_epi32(StateCodes::highest);
+        const __m256i mask = _mm256_set1_epi32((1 << codes.shift) - 1);
+        const __m256i negative_table = _mm256_set1_epi32(codes.sign ? codes.buckets : 0);
+        const __m128i shift = _mm_cvtsi32_si128(codes.shift);
+        const uint32_t* table = codes.table.data();
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor));
+            const __m256i bits = _mm256_castps_si256(y);
+            __m256i a = _mm256_max_epi32(_mm256_and_si256(bits, magnitude), lowest);
+            a = _mm256_sub_epi32(_mm256_min_epi32(a, highest), lowest);
+            const __m256i negative = codes.sign ? _mm256_srai_epi32(bits, 31) : _mm256_setzero_si256();
+            alignas(32) uint32_t bucket[8];
+            _mm256_store_si256(
+                reinterpret_cast<__m256i*>(bucket),
+                _mm256_add_epi32(_mm256_srl_epi32(a, shift), _mm256_and_si256(negative, negative_table)));
+            const __m256i entry =
+                _mm256_setr_epi32(table[bucket[0]], table[bucket[1]], table[bucket[2]], table[bucket[3]],
+                                  table[bucket[4]], table[bucket[5]], table[bucket[6]], table[bucket[7]]);
+            const __m256i low = _mm256_and_si256(_mm256_xor_si256(a, negative), mask);
+            const __m256i code = _mm256_srl_epi32(_mm256_add_epi32(entry, low), shift);
+            const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), _mm_packus_epi16(words, words));
+        }
+        Scalar::encode(codes, x + i, factor, q + i, n - i);
+    }
+};
+PYQLORA_TARGET_END
+
+PYQLORA_TARGET(PYQLORA_AVX512)
+struct Avx512 : Avx2 {
+    template <bool only_direction = false, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
+        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    }
+};
+PYQLORA_TARGET_END
+#endif
+
+// What one thread does at a time: a run of elements of one tensor, a whole number of blocks but for the last.
+struct Chunk {
+    size_t tensor;
+    int64_t begin, end;
+};
+constexpr int64_t kChunk = 64 * kStateBlock;
+
+template <class Isa, class Rule, class T>
+class Step {
+  public:
+    Step(const OptimStepArgs& a, const StateCodes* codes1, const StateCodes* codes2)
+        : a_(a), codes_{codes1, Rule::signed_states > 1 ? codes1 : codes2, codes2} {}
+
+    void run(int threads) {
+        std::vector<Chunk> chunks;
+        for (size_t t = 0; t < a_.params.size(); ++t) {
+            rules_.emplace_back(a_.hyper, a_.steps[t]);
+            for (int64_t i = 0; i < a_.params[t].numel; i += kChunk)
+                chunks.push_back({t, i, std::min(i + kChunk, a_.params[t].numel)});
+        }
+        if (a_.max_unorm > 0) hold_update_norms(chunks, threads);
+        parallel_for(threads, chunks.size(), 1, [&](int64_t first, int64_t last) {
+            for (int64_t c = first; c < last; ++c) a_.quantized() ? step8(chunks[c]) : step32(chunks[c]);
+        });
+    }
+
+  private:
+    static constexpr bool is_float = std::is_same_v<T, float>;
+
+    // State k of a tensor from element i on.
+    template <class S>
+    S* state(size_t t, int k, int64_t i) const {
+        if (k >= Rule::signed_states) return a_.state2[t].template as<S>() + i;
+        return a_.state1[t].template as<S>() + k * a_.params[t].numel + i;
+    }
+    float* absmax(size_t t, int k, int64_t block) const {
+        if (k >= Rule::signed_states) return a_.absmax2[t].template as<float>() + block;
+        return a_.absmax1[t].template as<float>() + k * ((a_.params[t].numel + kStateBlock - 1) / kStateBlock) + block;
+    }
+
+    // Calls body(g, p, i, n) with up to a block of float gradients and parameters, and writes the parameters back.
+    template <class Body>
+    void for_blocks(const Chunk& c, Body body) const {
+        T* p = a_.params[c.tensor].template as<T>();
+        const T* g = a_.grads[c.tensor].template as<T>();
+        for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
+            const int64_t n = std::min(kStateBlock, c.end - i);
+            if constexpr (is_float) {
+                body(g + i, p + i, i, n);
+            } else {
+                alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
+                Isa::copy(g + i, gradient, n);
+                Isa::copy(p + i, parameter, n);
+                body(gradient, parameter, i, n);
+                Isa::copy(parameter, p + i, n);
+            }
+        }
+    }
+
+    void step8(const Chunk& c) const {
+        const Rule& rule = rules_[c.tensor];
+        for_blocks(c, [&](const float* g, float* p, int64_t i, int64_t n) {
+            alignas(64) float values[Rule::states][kStateBlock];
+            float* s[3] = {values[0], values[Rule::states > 1 ? 1 : 0], values[Rule::states - 1]};
+            for (int k = 0; k < Rule::states; ++k)
+                Isa::decode(*codes_[k], state<uint8_t>(c.tensor, k, i), *absmax(c.tensor, k, i / kStateBlock), s[k], n);
+            Isa::apply(rule, rule.size, g, p, s, n);
+            for (int k = 0; k < Rule::states; ++k) {
+                const float largest = Isa::absmax(s[k], n);
+                *absmax(c.tensor, k, i / kStateBlock) = largest;
+                // A block too small for a normal reciprocal is stored as zeros.
+                const float factor = largest >= std::numeric_limits<float>::min() ? 1.0f / largest : 0.0f;
+                Isa::encode(*codes_[k], s[k], factor, state<uint8_t>(c.tensor, k, i), n);
+            }
+        });
+    }
+
+    void step32(const Chunk& c) const {
+        const Rule& rule = rules_[c.tensor];
+        for_blocks(c, [&](const float* g, float* p, int64_t i, int64_t n) {
+            float* s[3];
+            states32(c.tensor, i, s);
+            Isa::apply(rule, rule.size, g, p, s, n);
+        });
+    }
+
+    void states32(size_t t, int64_t i, float** s) const {
+        for (int k = 0; k < 3; ++k) s[k] = state<float>(t, std::min(k, Rule::states - 1), i);
+    }
+
+    // Scales each tensor's step so that its update is no longer than max_unorm times its parameters. The sums run over
+    // chunks in their order, whatever the number of threads.
+    void hold_update_norms(const std::vector<Chunk>& chunks, int threads) {
+        std::vector<double> update(chunks.size()), parameter(chunks.size());
+        parallel_for(threads, chunks.size(), 1, [&](int64_t first, int64_t last) {
+            for (int64_t c = first; c < last; ++c) square_norms(chunks[c], update[c], parameter[c]);
+        });
+        std::vector<double> updates(rules_.size()), parameters(rules_.size());
+        for (size_t c = 0; c < chunks.size(); ++c) {
+            updates[chunks[c].tensor] += update[c];
+            parameters[chunks[c].tensor] += parameter[c];
+        }
+        for (size_t t = 0; t < rules_.size(); ++t) {
+            const double norm = std::sqrt(updates[t]), limit = a_.max_unorm * std::sqrt(parameters[t]);
+            if (norm > limit) rules_[t].size = static_cast<float>(rules_[t].size * (limit / norm));
+            *a_.unorm[t].template as<float>() = static_cast<float>(norm);
+        }
+    }
+
+    void square_norms(const Chunk& c, double& update, double& parameter) const {
+        const T* p = a_.params[c.tensor].template as<T>();
+        const T* g = a_.grads[c.tensor].template as<T>();
+        alignas(64) float gradient[kStateBlock], u[kStateBlock];
+        for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
+            const int64_t n = std::min(kStateBlock, c.end - i);
+            float* s[3];
+            states32(c.tensor, i, s);
+            Isa::copy(g + i, gradient, n);
+            Isa::copy(p + i, u, n);
+            for (int64_t j = 0; j < n; ++j) parameter += static_cast<double>(u[j]) * u[j];
+            Isa::template apply<true>(rules_[c.tensor], 0.0f, gradient, u, s, n);
+            for (int64_t j = 0; j < n; ++j) update += static_cast<double>(u[j]) * u[j];
+        }
+    }
+
+    const OptimStepArgs& a_;
+    const StateCodes* codes_[3];
+    std::vector<Rule> rules_;
+};
+
+template <class Isa>
+void step(const OptimStepArgs& a, int threads) {
+    std::optional<StateCodes> codes1, codes2;
+    if (a.quantized()) codes1.emplace(a.qmap1.as<float>(), true);
+    if (a.qmap2.defined()) codes2.emplace(a.qmap2.as<float>(), false);
+    if (a.params.empty()) return;
+    dispatch_rule(a.rule, [&](auto rule) {
+        dispatch_float<Half, BFloat16>(a.params[0].dtype, [&](auto type) {
+            using Rule = typename decltype(rule)::type;
+            Step<Isa, Rule, typename decltype(type)::type>(a, codes1 ? &*codes1 : nullptr, codes2 ? &*codes2 : nullptr)
+                .run(threads);
+        });
+    });
+}
+
+}  // namespace
+
+void optim_step(const OptimStepArgs& a, int threads) {
+#if defined(PYQLORA_X86)
+    if (active_isa() == Isa::avx512) return step<Avx512>(a, threads);
+    if (active_isa() == Isa::avx2) return step<Avx2>(a, threads);
+#endif
+    step<Scalar>(a, threads);
+}
+
+}  // namespace pyqlora::cpu

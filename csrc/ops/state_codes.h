@@ -1,0 +1,91 @@
+// Encoding on a dynamic map: the index of the entry nearest to y in [-1, 1], the lower one on a tie, by one table
+// lookup.
+//
+// Floats sort like their bits, so the top bits of |y| (the exponent and a few bits of the mantissa) cut the axis into
+// buckets. The map is coarse against them: a bucket holds at most one of the 255 midpoints. Its table entry is
+//     code at the start of the bucket << shift  +  distance from the midpoint to the end of the bucket (0: no midpoint)
+// and adding the remaining low bits of y carries into the code exactly when y lies above the midpoint.
+// Negative y run the other way: their low bits are inverted, and their buckets have a table of their own.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/float16.h"
+
+namespace pyqlora::cpu {
+
+class StateCodes {
+  public:
+    // Below 2^-23 lies no midpoint of either map, 1 is the largest input.
+    static constexpr uint32_t lowest = 0x34000000u, highest = 0x3f800000u;
+
+    // `sign` says whether negative values occur: the signed map's 128 entries a side need one bit less.
+    StateCodes(const float* map, bool sign) : map(map), sign(sign), shift(sign ? 17 : 16) {
+        for (int i = 0; i < 255; ++i) {
+            const double middle = (static_cast<double>(map[i]) + map[i + 1]) / 2;
+            float above = static_cast<float>(middle);
+            if (above <= middle) above = std::nextafter(above, 2.0f);
+            above_[i] = above;
+        }
+        if (!std::is_sorted(map, map + 256) || code(0.0f) != code(as_float(lowest))) unsupported();
+        if (sign && code(0.0f) != code(-as_float(lowest))) unsupported();
+        buckets = ((highest - lowest) >> shift) + 1;
+        table.resize(buckets * (sign ? 2 : 1));
+        const uint32_t last = (1u << shift) - 1;
+        uint32_t next = code(as_float(lowest));
+        for (uint32_t b = 0; b < buckets; ++b) {
+            const uint32_t first = lowest + (b << shift);
+            table[b] = entry(as_float(first), as_float(first + last), next);
+        }
+        next = 0;
+        for (uint32_t b = sign ? buckets : 0; b-- > 0;) {
+            const uint32_t first = lowest + (b << shift);
+            table[buckets + b] = entry(-as_float(first + last), -as_float(first), next);
+        }
+    }
+
+    uint8_t operator()(float y) const {
+        const auto bits = bit_cast<uint32_t>(y);
+        const uint32_t a = std::min(std::max(bits & 0x7fffffffu, lowest), highest) - lowest;
+        const bool negative = sign && bits >> 31;
+        const uint32_t mask = (1u << shift) - 1, low = negative ? ~a & mask : a & mask;
+        return static_cast<uint8_t>((table[(a >> shift) + (negative ? buckets : 0)] + low) >> shift);
+    }
+
+    const float* map;
+    bool sign;
+    int shift;
+    uint32_t buckets;
+    std::vector<uint32_t> table;
+
+  private:
+    std::array<float, 255> above_;  // the smallest float above each midpoint
+
+    uint32_t code(float y) const {
+        return static_cast<uint32_t>(std::upper_bound(above_.begin(), above_.end(), y) - above_.begin());
+    }
+
+    static float as_float(uint32_t bits) { return bit_cast<float>(bits); }
+
+    // The entry of the bucket [from, to]; `next` is the first midpoint not yet passed.
+    uint32_t entry(float from, float to, uint32_t& next) const {
+        while (next < 255 && above_[next] <= from) ++next;
+        if (next == 255 || above_[next] > to) return next << shift;
+        if (next < 254 && above_[next + 1] <= to) unsupported();
+        const auto distance = static_cast<int32_t>(bit_cast<uint32_t>(above_[next]) - bit_cast<uint32_t>(from));
+        return (next << shift) + (1u << shift) - std::abs(distance);
+    }
+
+    [[noreturn]] void unsupported() const {
+        throw std::invalid_argument(std::string("optim_step: ") + (sign ? "qmap1" : "qmap2") + ": expected the " +
+                                    (sign ? "signed" : "unsigned") + " dynamic map of create_dynamic_map, got another");
+    }
+};
+
+}  // namespace pyqlora::cpu

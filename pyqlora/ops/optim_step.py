@@ -1,0 +1,119 @@
+"""optim_step: one step of one optimizer over many tensors in one native call; formulas in csrc/core/optim_rules.h."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pyqlora.ops.backend import native
+
+BLOCKSIZE = 256
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the states of an optimizer look like.
+
+    `name` is the native rule; state1 stacks `stacked` averages; `two` says whether there is a state2.
+    """
+
+    name: str
+    stacked: int = 1
+    two: bool = False
+
+
+# LAMB and LARS are Adam and momentum under a limit on the update's norm.
+RULES = {
+    "adam": Rule("adam", two=True),
+    "lamb": Rule("adam", two=True),
+    "ademamix": Rule("ademamix", stacked=2, two=True),
+    "lion": Rule("lion"),
+    "momentum": Rule("momentum"),
+    "lars": Rule("momentum"),
+    "rmsprop": Rule("rmsprop"),
+    "adagrad": Rule("adagrad"),
+}
+
+
+@dataclass
+class Batch:
+    """Tensors that are stepped together: parallel lists, of one dtype, one device and one width of state."""
+
+    steps: list[int] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    state1: list[Tensor] = field(default_factory=list)
+    state2: list[Tensor] = field(default_factory=list)
+    absmax1: list[Tensor] = field(default_factory=list)
+    absmax2: list[Tensor] = field(default_factory=list)
+    unorm: list[Tensor] = field(default_factory=list)
+    qmap1: Tensor | None = None
+    qmap2: Tensor | None = None
+
+    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        """Append a parameter with its state, whose `step` already counts this one."""
+        self.steps.append(state["step"])
+        self.params.append(param)
+        self.grads.append(grad)
+        self.state1.append(state["state1"])
+        if "state2" in state:
+            self.state2.append(state["state2"])
+        if "absmax1" in state:
+            self.qmap1 = state["qmap1"]
+            self.absmax1.append(state["absmax1"])
+            if "absmax2" in state:
+                self.qmap2 = state["qmap2"]
+                self.absmax2.append(state["absmax2"])
+        elif "unorm_vec" in state:
+            self.unorm.append(state["unorm_vec"])
+
+
+def optim_step(
+    rule: str,
+    batch: Batch,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    max_unorm: float,
+) -> None:
+    """Step `batch.params` and their states in place; `batch.steps` counts from 1 and includes this step.
+
+    Raises:
+        ValueError: tensors that do not fit each other.
+        RuntimeError: parameters on a GPU, for which there is no kernel yet.
+    """
+    module, context = native(batch.params[0])
+    if not hasattr(module, "optim_step"):
+        raise RuntimeError(
+            "optim_step: pyqlora has no CUDA kernel for its optimizers yet: keep the trained parameters on the CPU, "
+            "or use torch.optim.AdamW(..., fused=True) for those on a GPU"
+        )
+    module.optim_step(
+        rule,
+        batch.steps,
+        batch.params,
+        batch.grads,
+        batch.state1,
+        batch.state2,
+        batch.absmax1,
+        batch.absmax2,
+        batch.qmap1,
+        batch.qmap2,
+        batch.unorm,
+        lr,
+        beta1,
+        beta2,
+        beta3,
+        alpha,
+        eps,
+        weight_decay,
+        max_unorm,
+        context,
+    )
