@@ -145,7 +145,7 @@ def quantize_blockwise(
         code: the 256 ascending values to round to; the signed dynamic map if not given.
         absmax: receives the block scales, if given.
         out: receives the codes, if given.
-        blocksize: elements per block: a power of two from 64 to 4096.
+        blocksize: elements per block: a power of two from 64 to 4096, on the CPU also above.
         nested: quantize the block scales to 8 bits as well.
 
     Raises:

@@ -229,6 +229,7 @@ void dequantize_4bit(const Dequantize4bitArgs& a, void* stream) {
 }
 
 void quantize_blockwise(const QuantizeBlockwiseArgs& a, void* stream) {
+    check_blocksize("quantize_blockwise", a.blocksize, 64);  // one thread block holds whole quantization blocks
     const bool vectors = aligned(a.x.data, 16) && aligned(a.q.data, 8);
     dispatch_float<__half, __nv_bfloat16>(a.x.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
