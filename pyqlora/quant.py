@@ -295,8 +295,8 @@ def dequantize_4bit(packed: Tensor, state: QuantState, out: Tensor | None = None
 
 
 def packed_bytes(packed: Tensor) -> Tensor:
-    """A packed tensor of any storage dtype as flat uint8, without a copy."""
-    return packed.view(-1).view(torch.uint8)
+    """A packed tensor of any storage dtype as uint8, without a copy."""
+    return packed if packed.dtype == torch.uint8 else packed.view(-1).view(torch.uint8)
 
 
 def quantize_blockwise(x: Tensor, blocksize: int, code: Tensor | None = None) -> tuple[Tensor, QuantState]:

@@ -9,7 +9,7 @@ namespace pyqlora {
 // The few torch objects that the caster compares with; looked up on first use, kept for the life of the process.
 struct TorchNames {
     PyObject *f32, *f16, *bf16, *u8, *i32, *i64;
-    PyObject *data_ptr, *numel, *dtype, *device, *type, *index, *is_contiguous;
+    PyObject *data_ptr, *numel, *dtype, *is_cpu, *device, *type, *index, *is_contiguous;
 
     static const TorchNames& get() {
         static const TorchNames* names = new TorchNames(pybind11::module_::import("torch"));
@@ -24,6 +24,7 @@ struct TorchNames {
         auto intern = [](const char* n) { return PyUnicode_InternFromString(n); };
         data_ptr = intern("data_ptr"), numel = intern("numel"), dtype = intern("dtype"), device = intern("device");
         type = intern("type"), index = intern("index"), is_contiguous = intern("is_contiguous");
+        is_cpu = intern("is_cpu");
     }
 };
 
@@ -47,12 +48,15 @@ inline TensorRef tensor_ref(pybind11::handle t) {
               : dtype.ptr() == n.i32  ? DType::i32
               : dtype.ptr() == n.i64  ? DType::i64
                                       : DType::other;
+    if (own(PyObject_GetAttr(t.ptr(), n.is_cpu)).ptr() == Py_True) {  // one look-up where a torch.device needs four
+        r.device = Device::cpu;
+        return r;
+    }
     const py::object device = own(PyObject_GetAttr(t.ptr(), n.device));
     const auto type = own(PyObject_GetAttr(device.ptr(), n.type)).cast<std::string>();
-    r.device = type == "cpu" ? Device::cpu : type == "cuda" ? Device::cuda : Device::none;
-    const py::object index = own(PyObject_GetAttr(device.ptr(), n.index));
-    r.device_index = index.is_none() ? 0 : index.cast<int>();
-    if (r.device == Device::none) bad_argument("pyqlora", "device", "cpu or cuda", type);
+    if (type != "cuda") bad_argument("pyqlora", "device", "cpu or cuda", type);
+    r.device = Device::cuda;
+    r.device_index = own(PyObject_GetAttr(device.ptr(), n.index)).cast<int>();
     return r;
 }
 
@@ -64,7 +68,7 @@ struct type_caster<pyqlora::TensorRef> {
     PYBIND11_TYPE_CASTER(pyqlora::TensorRef, const_name("torch.Tensor | None"));
     bool load(handle src, bool) {
         if (src.is_none()) return true;
-        if (!hasattr(src, "data_ptr")) return false;
+        if (!hasattr(src, pyqlora::TorchNames::get().is_cpu)) return false;
         value = pyqlora::tensor_ref(src);
         return true;
     }

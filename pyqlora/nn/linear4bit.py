@@ -67,15 +67,16 @@ class Linear4bit(torch.nn.Linear):
         dtype = x.dtype
         if self.compute_dtype is not None and dtype != self.compute_dtype:
             x = x.to(self.compute_dtype)
-        y = linear_4bit(
-            x,
-            packed_bytes(weight),
-            *state.scales(),
-            state.blocksize,
-            state.quant_type,
-            state.shape,
-            self._parameters["bias"],
-        )
+        with torch._C.DisableTorchFunctionSubclass():  # Params4bit's would cost a microsecond for every attribute
+            y = linear_4bit(
+                x,
+                packed_bytes(weight),
+                *state.scales(),
+                state.blocksize,
+                state.quant_type,
+                state.shape,
+                self._parameters["bias"],
+            )
         return y if y.dtype == dtype else y.to(dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -28,9 +28,9 @@ def native(tensor: torch.Tensor) -> tuple[Any, int]:
     """
     if _override is not None:
         return _override, 0
-    device = tensor.device
-    if device.type == "cpu":
+    if tensor.is_cpu:
         return _C.cpu, torch.get_num_threads()
+    device = tensor.device
     if device.type != "cuda":
         raise ValueError(f"pyqlora has kernels for cpu and cuda tensors, got one on {device}")
     if not _C.with_cuda:
