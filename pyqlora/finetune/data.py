@@ -91,7 +91,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield f"{path}:{number}", json.loads(line)
+                yield f"{path}:{number}", json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not valid JSON at column {error.colno}: {error.msg}; expected an object a line"
@@ -139,7 +139,7 @@ def _turns(where: str, record: dict, key: str, role_key: str, content_key: str, 
         place = f"{where}: {key}[{index}]"
         if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
             raise ValueError(f"{place} must be an object with {role_key} and {content_key}")
-        if turn[role_key] not in roles:
+        if not isinstance(turn[role_key], str) or turn[role_key] not in roles:
             raise ValueError(f"{place}: unknown role {turn[role_key]!r}, expected one of {', '.join(roles)}")
         messages.append({"role": roles[turn[role_key]], "content": _string(place, turn, content_key)})
     return messages

@@ -71,7 +71,7 @@ class Options:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Options)}
-TYPES = {"int": int, "float": float, "str": str}
+TYPES = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "text")}
 
 
 def flag(name: str) -> str:
@@ -97,12 +97,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     for name, value in values.items():
         if name not in FIELDS:
             raise ValueError(f"{path}: unknown option {name!r}, expected one of {', '.join(FIELDS)}")
-        kind = TYPES[FIELDS[name].type.split(" ")[0]]
+        kind, expected = TYPES[FIELDS[name].type.split(" ")[0]]
         try:
             values[name] = kind(value)
             exact = kind is str or values[name] == float(value)
         except (TypeError, ValueError):
             exact = False
         if not exact:
-            raise ValueError(f"{path}: {name} must be a {kind.__name__}, got {value!r}")
+            raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")
     return values
