@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pyqlora.finetune.options import CONFIG_FILE, Options
 
 DIRECTORY = "checkpoint"
 TENSORS, STATE = "state.safetensors", "state.json"
+TENSOR = "tensor"  # in the JSON: the name of the tensor that belongs here
 
 
 def save(out: Path, model: Any, optimizer: torch.optim.Optimizer, options: Options, state: dict[str, Any]) -> Path:
@@ -27,15 +29,8 @@ def save(out: Path, model: Any, optimizer: torch.optim.Optimizer, options: Optio
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_initialized():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    saved = optimizer.state_dict()
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, values in saved["state"].items():
-        for key, value in values.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                numbers.setdefault(str(index), {})[key] = value
-    contents = {**state, "optimizer": numbers, "groups": saved["param_groups"]}
+    optimizer_state = take_tensors(optimizer.state_dict()["state"], "optimizer", tensors)
+    contents = {**state, "optimizer": optimizer_state}
     with whole_directory(out / DIRECTORY) as directory:
         # A clone each: safetensors refuses tensors that share memory, as the optimizer's quantization maps do.
         save_file({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, directory / TENSORS)
@@ -76,21 +71,35 @@ def restore(directory: Path, model: Any, optimizer: torch.optim.Optimizer, state
         ValueError: the checkpoint's adapter is not this model's.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer_state = {int(index): dict(values) for index, values in state["optimizer"].items()}
     with safe_open(directory / TENSORS, "pt") as file:
         names = {name.removeprefix("model.") for name in file.keys() if name.startswith("model.")}  # noqa: SIM118
         if names != parameters.keys():
             raise ValueError(f"{directory}: the checkpoint's adapter does not fit this model and its --targets")
-        for name in file.keys():  # noqa: SIM118
-            kind, _, rest = name.partition(".")
-            value = file.get_tensor(name)
-            if kind == "model":
-                parameters[rest].data.copy_(value)
-            elif kind == "optimizer":
-                index, _, key = rest.partition(".")
-                optimizer_state.setdefault(int(index), {})[key] = value
-            elif rest == "cpu":
-                torch.set_rng_state(value)
-            else:
-                torch.cuda.set_rng_state(value)
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": state["groups"]})
+        for name, parameter in parameters.items():
+            parameter.data.copy_(file.get_tensor(f"model.{name}"))
+        optimizer_state = put_tensors(state["optimizer"], file.get_tensor)
+        torch.set_rng_state(file.get_tensor("rng.cpu"))
+        if torch.cuda.is_initialized():
+            torch.cuda.set_rng_state(file.get_tensor("rng.cuda"))
+    by_index = {int(index): values for index, values in optimizer_state.items()}
+    groups = optimizer.state_dict()["param_groups"]  # hyperparameters, which the options have set again
+    optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+
+
+def take_tensors(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` with every tensor moved into `tensors` and replaced by its name, so that JSON can hold the rest."""
+    if isinstance(value, torch.Tensor):
+        tensors[path] = value
+        return {TENSOR: path}
+    if isinstance(value, dict):
+        return {key: take_tensors(inner, f"{path}.{key}", tensors) for key, inner in value.items()}
+    return value
+
+
+def put_tensors(value: Any, get: Callable[[str], torch.Tensor]) -> Any:
+    """The inverse of `take_tensors`."""
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {TENSOR}:
+        return get(value[TENSOR])
+    return {key: put_tensors(inner, get) for key, inner in value.items()}

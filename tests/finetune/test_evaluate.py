@@ -26,7 +26,9 @@ def model():
 
 
 def samples(tokenizer, count=7):
-    return encode([Sample("x", prompt="in" * i, completion=f" {i} a") for i in range(1, count + 1)], tokenizer, 64).samples
+    return encode(
+        [Sample("x", prompt="in" * i, completion=f" {i} a") for i in range(1, count + 1)], tokenizer, 64
+    ).samples
 
 
 def test_mean_loss_equals_one_sample_at_a_time_with_all_logits(model, tokenizer):
