@@ -136,7 +136,7 @@ def test_minutes_become_steps_that_the_config_repeats(model, data, tmp_path):
     assert finetune(model, data, "-o", tmp_path / "out", "--minutes", 0.005, *FAST) == 0
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert f"steps: {len(steps(tmp_path / 'out'))}\n" in config
-    assert "minutes" not in config
+    assert "minutes:" not in config
 
 
 def test_epochs(model, data, tmp_path):
@@ -261,13 +261,13 @@ def test_bad_input_is_one_line(model, data, tmp_path, capsys, monkeypatch, argum
     assert message in error_of(capsys, *arguments(tmp_path, model, data))
 
 
-def test_a_model_without_linear_layers(data, tmp_path, capsys):
+def test_gpt2_whose_projections_are_conv1d(data, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")  # its projections are Conv1D
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tiny_model.tokenizer().save_pretrained(tmp_path / "gpt2")
-    assert "has no linear layers outside its output layer" in error_of(capsys, tmp_path / "gpt2", data)
+    assert finetune(tmp_path / "gpt2", data, "-o", tmp_path / "out", "--steps", 1, *FAST) == 0
 
 
 def test_a_model_without_tokenizer(model, data, tmp_path, capsys):
