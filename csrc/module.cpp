@@ -4,6 +4,7 @@
 
 #include "core/backend.h"
 #include "core/cpu_features.h"
+#include "core/output_memory.h"
 #include "ops/bind.h"
 
 namespace py = pybind11;
@@ -21,6 +22,11 @@ PYBIND11_MODULE(_C, m) {
         for (auto isa : pyqlora::cpu::supported_isas()) names.emplace_back(pyqlora::cpu::name(isa));
         return names;
     });
+
+    using pyqlora::cpu::OutputMemory;
+    py::class_<OutputMemory>(cpu, "OutputMemory", py::buffer_protocol(), "Memory for one large result, as a buffer.")
+        .def(py::init<int64_t>(), py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
+        .def_buffer([](OutputMemory& m) { return py::buffer_info(static_cast<uint8_t*>(m.data()), m.bytes()); });
 
     pyqlora::bind_operations(cpu, cuda);
 }
