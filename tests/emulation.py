@@ -28,21 +28,23 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
 
 
-def build(folder: Path = BUILD, builds: tuple[str, ...] = ("fast", "checked", "asan"), sources: tuple[Path, ...] = ()):
-    """Compile the kernels for the CPU: `folder/<build>/pyqlora_emulation*.so`. Skips where there is no compiler."""
+def build(*targets: str, mutant: tuple[Path, ...] = ()) -> None:
+    """Compile the kernels for the CPU: `BUILD/<target>/pyqlora_emulation*.so`. Skips where there is no compiler.
+
+    The target `mutant` is made of the given .cu files instead.
+    """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    cmake, ninja = _tool("cmake"), _tool("ninja")
     if not compiler:
         pytest.skip("emulating CUDA needs a C++ compiler: none on PATH")
+    cmake, ninja = _tool("cmake"), _tool("ninja")
     assert cmake and ninja, "emulating CUDA needs cmake and ninja: pip install 'pyqlora[test]'"
-    folder.mkdir(parents=True, exist_ok=True)
-    configure = [cmake, "-S", ROOT / "csrc" / "emulation", "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    configure = [cmake, "-S", ROOT / "csrc" / "emulation", "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    configure += [f"-DPYQLORA_EMULATION_BUILDS={';'.join(builds)}"]
-    configure += [f"-DPYQLORA_EMULATION_SOURCES={';'.join(map(str, sources))}"]
-    with open(folder / "lock", "w") as lock:
+    configure += [f"-DPYQLORA_EMULATION_MUTANT={';'.join(map(str, mutant))}"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test runs build once
-        for command in (configure, [cmake, "--build", folder]):
+        for command in (configure, [cmake, "--build", BUILD, "--target", *targets]):
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
 
@@ -57,11 +59,10 @@ def load(folder: Path) -> Any:
 
 
 @functools.cache
-def device(name: str, folder: Path = BUILD) -> EmulatedDevice:
-    """The emulated device of a build."""
-    if folder == BUILD:
-        build()
-    return EmulatedDevice(load(folder / name))
+def device(name: str) -> EmulatedDevice:
+    """The emulated device of a build: fast, checked or asan."""
+    build(*({"fast", "checked"} | {name}))
+    return EmulatedDevice(load(BUILD / name))
 
 
 class EmulatedDevice:

@@ -26,7 +26,7 @@ def _blocks(x: Tensor, blocksize: int) -> list[Tensor]:
 
 
 def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [(n+1)//2, 1], absmax float32 [blocks])."""
+    """(packed uint8 [(n+1)//2, 1], absmax float32 [blocks]) of a tensor that is not empty."""
     values, codes = table(quant_type).sort(stable=True)
     bounds = (values[1:] + values[:-1]) / 2
     absmax, scaled = [], []
@@ -36,12 +36,12 @@ def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
         full = len(block) == blocksize
         absmax.append(largest if full else divisor)
         scaled.append(block * (1.0 / divisor) if full else block / divisor)
-    flat = torch.cat(scaled) if scaled else x.new_zeros(0, dtype=torch.float32)
+    flat = torch.cat(scaled)
     flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
     rank = torch.bucketize(flat, bounds)  # how many bounds are below; NaN is above all
     code = codes[rank].to(torch.uint8)
     packed = code[0::2] << 4 | code[1::2]
-    return packed.unsqueeze(1), torch.stack(absmax) if absmax else flat
+    return packed.unsqueeze(1), torch.stack(absmax)
 
 
 def scales(absmax: Tensor, nested_absmax: Tensor, nested_code: Tensor, offset: Tensor, nested_blocksize: int) -> Tensor:
@@ -59,18 +59,17 @@ def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: 
 
 
 def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 like x, absmax float32 [blocks]): the nearest value after rounding to 65536 steps over [-1, 1]."""
+    """(codes uint8 like x, absmax float32 [blocks]): the nearest value, after rounding to 65536 points of [-1, 1]."""
+    midpoints = (code[1:] + code[:-1]) * 0.5
     q, absmax = [], []
     for block in _blocks(x, blocksize):
-        largest = block.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs().max()
-        steps = ((block * (1.0 / largest) + 1.0) * 0.5 * 65535.0 + 0.5).nan_to_num(nan=0.0).clamp(0, 65535).int()
-        value = steps.float() * torch.tensor(2.0 / 65535.0) - 1.0
-        above = torch.bucketize(value, code).clamp(1, 255)
-        index = above - ((value - code[above - 1]) <= (code[above] - value)).int()
-        q.append(torch.where(largest > 0, index, 0).to(torch.uint8))
+        largest = block[~block.isnan()].abs().amax() if not block.isnan().all() else torch.tensor(0.0)
+        scaled = (block * (1.0 / largest)).nan_to_num(nan=-1.0).clamp(-1, 1)
+        point = (((scaled + 1.0) * 0.5).double() * 65535.0 + 0.5).float().int()
+        rank = torch.bucketize((2 * point).float() / 65535.0 - 1.0, midpoints)
+        q.append(torch.where(largest > 0, rank, 0).to(torch.uint8))
         absmax.append(largest)
-    flat = x.new_zeros(0, dtype=torch.float32)
-    return torch.cat([*q, flat.byte()]).reshape(x.shape), torch.stack(absmax) if absmax else flat
+    return torch.cat(q).reshape(x.shape), torch.stack(absmax)
 
 
 def dequantize_blockwise(q: Tensor, code: Tensor, absmax: Tensor, blocksize: int, dtype) -> Tensor:

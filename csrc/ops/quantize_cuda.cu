@@ -32,9 +32,11 @@ __device__ __forceinline__ uint32_t block_max(uint32_t key, int log2_blocksize) 
     return key;
 }
 
-// How many of the 15 ascending bounds are below x; 15 for NaN.
+// How many of the 15 ascending bounds are below x; 15 for NaN. `bounds`: Q's, in shared memory.
+template <class Q>
 __device__ __forceinline__ int rank16(const float* bounds, float x) {
-    int rank = x <= bounds[7] ? 0 : 8;
+    constexpr float middle = Q::bounds[7];
+    int rank = x <= middle ? 0 : 8;
     rank += x <= bounds[rank + 3] ? 0 : 4;
     rank += x <= bounds[rank + 1] ? 0 : 2;
     return rank + (x <= bounds[rank] ? 0 : 1);
@@ -73,12 +75,17 @@ __global__ void __launch_bounds__(kThreads)
     const float divisor = __uint_as_float(max(key, __float_as_uint(kTiny)));
     const float factor = __fdiv_rn(1.0f, divisor);
     if (base == block << log2_blocksize) absmax[block] = full ? __uint_as_float(key) : divisor;
+    if (full) {
+#pragma unroll
+        for (float& value : v) value = __fmul_rn(value, factor);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) v[i] = base + i < n ? __fdiv_rn(v[i], divisor) : 0.0f;
+    }
     uint32_t word = 0;  // element 0 in the high nibble of the lowest byte
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        float scaled = full ? __fmul_rn(v[i], factor) : __fdiv_rn(v[i], divisor);
-        if (base + i >= n) scaled = 0.0f;
-        uint32_t code = rank16(bounds, scaled);
+        uint32_t code = rank16<Q>(bounds, v[i]);
         if constexpr (kCodes<Q> != kIdentity) code = kCodes<Q> >> 4 * code & 15;
         word |= code << 4 * (i ^ 1);
     }
@@ -92,25 +99,25 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// The index of the value of `code` nearest to x, after bitsandbytes' rounding of x to one of 65536 steps over [-1, 1].
-__device__ __forceinline__ uint32_t nearest256(const float* code, float x) {
-    const float steps = __fadd_rn(__fmul_rn(__fmul_rn(__fadd_rn(x, 1.0f), 0.5f), 65535.0f), 0.5f);
-    const int step = static_cast<int>(fminf(fmaxf(steps, 0.0f), 65535.0f));  // NaN: 0
-    const float value = __fadd_rn(__fmul_rn(static_cast<float>(step), 2.0f / 65535.0f), -1.0f);
-    int index = 0;  // the last of code[0 .. 254] that is not above value, or 0
+// The 8-bit code of x (already divided by absmax) as bitsandbytes' CPU kernel finds it: x is rounded to one of 65536
+// evenly spaced points of [-1, 1], and that point gets the number of midpoints between neighbouring codes below it.
+__device__ __forceinline__ uint32_t rank256(const float* midpoints, float x) {
+    const float unit = __fmul_rn(__fadd_rn(fminf(fmaxf(x, -1.0f), 1.0f), 1.0f), 0.5f);  // NaN: 0
+    const int point = static_cast<int>(__fmaf_rn(unit, 65535.0f, 0.5f));
+    const float value = __fadd_rn(__fdiv_rn(static_cast<float>(2 * point), 65535.0f), -1.0f);
+    uint32_t rank = 0;
 #pragma unroll
-    for (int half = 128; half; half /= 2) {
-        if (index + half < 255 && code[index + half] <= value) index += half;
-    }
-    return index + (__fsub_rn(code[index + 1], value) < __fsub_rn(value, code[index]));
+    for (int half = 128; half; half /= 2) rank += midpoints[rank + half - 1] < value ? half : 0;
+    return rank;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_blockwise_kernel(const T* __restrict__ x, const float* __restrict__ code, uint8_t* __restrict__ q,
                               float* __restrict__ absmax, int64_t n, int log2_blocksize, bool vectors) {
-    PYQLORA_SHARED(float[256], table);
-    if (threadIdx.x < 256) table[threadIdx.x] = code[threadIdx.x];
+    PYQLORA_SHARED(float[255], midpoints);
+    if (threadIdx.x < 255)
+        midpoints[threadIdx.x] = __fmul_rn(__fadd_rn(code[threadIdx.x], code[threadIdx.x + 1]), 0.5f);
     const int64_t base = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kVector;
     float v[kVector];
     load_tail(x, base, n, vectors, v);
@@ -126,8 +133,8 @@ __global__ void __launch_bounds__(kThreads)
     uint2 word{};
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        const uint32_t index = largest > 0.0f ? nearest256(table, __fmul_rn(v[i], factor)) : 0;
-        (i < 4 ? word.x : word.y) |= index << 8 * (i % 4);
+        const uint32_t rank = largest > 0.0f ? rank256(midpoints, __fmul_rn(v[i], factor)) : 0;
+        (i < 4 ? word.x : word.y) |= rank << 8 * (i % 4);
     }
     if (vectors && base + kVector <= n) {
         *reinterpret_cast<uint2*>(q + base) = word;
@@ -154,22 +161,25 @@ __global__ void __launch_bounds__(kDecodeThreads)
     if (vectors && tile + kDecodeTile <= numel) {
         const int64_t base = tile + threadIdx.x * kVector;
         uint32_t word[kSteps];
-        float scale[kSteps];
+        DeviceScales::Stored stored[kSteps];
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
             const int64_t element = first + base + s * kDecodeStep;
             word[s] = load_streaming(reinterpret_cast<const uint32_t*>(packed + element / 2));
-            scale[s] = scales[element >> log2_blocksize];
+            stored[s] = scales.load(element >> log2_blocksize);
         }
+        const float offset = scales.codes ? __ldg(scales.offset) : 0.0f;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
+            const float scale = scales.decode(stored[s], scales.nested_code, offset);
             float v[kVector];
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(values[word[s] >> 4 * (i ^ 1) & 15], scale[s]);
+            for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(values[word[s] >> 4 * (i ^ 1) & 15], scale);
             store_vector(out + base + s * kDecodeStep, v);
         }
         return;
     }
+#pragma unroll 1
     for (int64_t i = tile + threadIdx.x; i < min(tile + kDecodeTile, numel); i += kDecodeThreads) {
         const int64_t element = first + i;
         const uint32_t code = packed[element / 2] >> (element % 2 ? 0 : 4) & 15;
@@ -196,6 +206,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
         store_vector(out + base, v);
         return;
     }
+#pragma unroll 1
     for (int64_t i = base; i < min(base + kVector, n); ++i)
         out[i] = from_float<T>(__fmul_rn(table[q[i]], absmax[i >> log2_blocksize]));
 }
@@ -219,12 +230,10 @@ void dequantize_4bit(const Dequantize4bitArgs& a, void* stream) {
     const bool vectors = a.first % kVector == 0 && aligned(a.packed.data, 4) && aligned(a.out.data, 16);
     dispatch_float<__half, __nv_bfloat16>(a.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        dispatch_quant_type(a.type, [&](auto quant) {
-            using Q = decltype(quant);
-            launch("dequantize_4bit", a.out, stream, {ceil_div(a.out.numel, kDecodeTile), kDecodeThreads},
-                   dequantize_4bit_kernel<T>, a.packed.as<uint8_t>(), DeviceScales(a.scales), a.out.as<T>(),
-                   a.out.numel, a.first, log2(a.blocksize), vectors, table16(Q::values));
-        });
+        launch("dequantize_4bit", a.out, stream, {ceil_div(a.out.numel, kDecodeTile), kDecodeThreads},
+               dequantize_4bit_kernel<T>, a.packed.as<uint8_t>(), DeviceScales(a.scales), a.out.as<T>(), a.out.numel,
+               a.first, log2(a.blocksize), vectors,
+               a.type == QuantType::nf4 ? table16(Nf4::values) : table16(Fp4::values));
     });
 }
 

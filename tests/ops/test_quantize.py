@@ -5,62 +5,296 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from pyqlora import _C
+from pyqlora.ops import backend as dispatch
 from pyqlora.ops import quantize as ops
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BLOCKSIZES_4BIT = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-BLOCKSIZES_8BIT = BLOCKSIZES_4BIT[1:]
+QUANT_TYPES = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # 8 bits: from 64 on
+SIZES = (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 8191)
 
 
 def weights(n, dtype, seed=0):
-    """Normal values with the cases that formats trip over: zero blocks, denormals, midpoints, both signs of one."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, generator=g)
+    """Normal values, and what formats trip over: zero blocks, tiny ones, negative zeros, midpoints of the table."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
     x[3::97] = 1e-41
     x[5::31] = -0.0
     x[128:192] = 0.0
     x[192:256] *= 1e-30
-    if n > 300:
+    if n >= 288:
         table = reference.table("nf4")
-        x[256:271], x[271] = (table[1:] + table[:-1]) / 2, 1.0
+        x[256:288] = torch.cat([table, (table[1:] + table[:-1]) / 2, torch.ones(1)])
     return x.to(dtype)
 
 
-def dynamic_map():
-    """A map like the optimizers': signed, denser towards zero, not symmetric."""
-    x = torch.linspace(-1, 1, 257)[1:] ** 3
-    return x.sort().values
-
-
-def run_4bit(backend, x, blocksize, quant_type):
-    packed, absmax = ops.quantize_4bit(x.to(backend.device), blocksize, quant_type)
-    return packed.cpu(), absmax.cpu()
-
-
-def decode_4bit(backend, packed, absmax, blocksize, quant_type, shape, dtype, nested=(None, None, None), nested_bs=256):
-    tensors = [None if t is None else t.to(backend.device) for t in (packed, absmax, *nested)]
-    return ops.dequantize_4bit(*tensors, nested_bs, blocksize, quant_type, shape, dtype).cpu()
+def cubic_map():
+    """256 ascending values, denser towards zero, not symmetric, without -1: shaped like the dynamic map."""
+    return torch.linspace(-1, 1, 257)[1:] ** 3
 
 
 def equal(a, b):
     """Same dtype, shape and bits, any NaN being as good as another."""
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.isnan(), b.isnan())
-        and a.nan_to_num().equal(b.nan_to_num())
-    )
+    same = a.dtype == b.dtype and a.shape == b.shape and a.isnan().equal(b.isnan())
+    return same and a.nan_to_num(nan=0.0).equal(b.nan_to_num(nan=0.0))
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def quantize_4bit(backend, x, blocksize, quant_type):
+    packed, absmax = ops.quantize_4bit(x.to(backend.device), blocksize, quant_type)
+    return packed.cpu(), absmax.cpu()
+
+
+def dequantize_4bit(backend, packed, scales, blocksize, quant_type, shape, dtype):
+    """scales: (absmax,) or (absmax, nested_absmax, nested_code, offset, nested_blocksize)."""
+    absmax, nested_absmax, nested_code, offset, nested_blocksize = (*scales, None, None, None, 256)[:5]
+    tensors = (packed, absmax, nested_absmax, nested_code, offset)
+    tensors = [None if t is None else t.to(backend.device) for t in tensors]
+    return ops.dequantize_4bit(*tensors, nested_blocksize, blocksize, quant_type, shape, dtype).cpu()
+
+
+def quantize_blockwise(backend, x, code, blocksize):
+    q, absmax = ops.quantize_blockwise(x.to(backend.device), code.to(backend.device), blocksize)
+    return q.cpu(), absmax.cpu()
+
+
+def dequantize_blockwise(backend, q, code, absmax, blocksize, dtype):
+    tensors = [t.to(backend.device) for t in (q, code, absmax)]
+    return ops.dequantize_blockwise(*tensors, blocksize, dtype).cpu()
+
+
+def check_4bit(backend, x, blocksize, quant_type):
+    packed, absmax = quantize_4bit(backend, x, blocksize, quant_type)
+    expected_packed, expected_absmax = reference.quantize_4bit(x, blocksize, quant_type)
+    assert packed.equal(expected_packed)
+    assert equal(absmax, expected_absmax)
+    shape = list(x.shape)
+    decoded = dequantize_4bit(backend, packed, (absmax,), blocksize, quant_type, shape, x.dtype)
+    assert equal(decoded, reference.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype))
+
+
+def check_blockwise(backend, x, code, blocksize):
+    q, absmax = quantize_blockwise(backend, x, code, blocksize)
+    expected_q, expected_absmax = reference.quantize_blockwise(x, code, blocksize)
+    assert q.equal(expected_q)
+    assert equal(absmax, expected_absmax)
+    decoded = dequantize_blockwise(backend, q, code, absmax, blocksize, x.dtype)
+    assert equal(decoded, reference.dequantize_blockwise(q, code, absmax, blocksize, x.dtype))
+
+
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("blocksize", BLOCKSIZES_4BIT)
-def test_4bit_equals_reference(backend, blocksize, dtype, quant_type):
-    for n in (1, 2, blocksize - 1, blocksize, blocksize + 1, 4096 + 7, 8191):
-        x = weights(n, dtype)
-        packed, absmax = run_4bit(backend, x, blocksize, quant_type)
-        expected_packed, expected_absmax = reference.quantize_4bit(x, blocksize, quant_type)
-        assert packed.equal(expected_packed) and absmax.equal(expected_absmax), n
-        decoded = decode_4bit(backend, packed, absmax, blocksize, quant_type, [n], dtype)
-        assert equal(decoded, reference.dequantize_4bit(packed, absmax, blocksize, quant_type, [n], dtype)), n
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_4bit(backend, blocksize, dtype, quant_type):
+    for n in (1, blocksize - 1, blocksize, blocksize + 1, 4096 + 7):
+        check_4bit(backend, weights(n, dtype), blocksize, quant_type)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_4bit_sizes(backend, dtype):
+    for n in SIZES:
+        check_4bit(backend, weights(n, dtype, seed=n), 64, "nf4")
+    check_4bit(backend, weights(15 * 21, dtype).view(3, 5, 21), 64, "nf4")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES[1:])
+def test_blockwise(backend, blocksize, dtype):
+    for n in (1, blocksize - 1, blocksize, blocksize + 1, 4096 + 7):
+        check_blockwise(backend, weights(n, dtype), cubic_map(), blocksize)
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf, 3e38, 1e-45])
+def test_special_values(backend, special):
+    for n in (5, 64, 200):
+        x = weights(n, torch.float32)
+        x[[0, n - 1]] = special
+        for quant_type in QUANT_TYPES:
+            check_4bit(backend, x, 64, quant_type)
+        check_blockwise(backend, x, cubic_map(), 64)
+
+
+def test_empty(backend):
+    packed, absmax = quantize_4bit(backend, torch.empty(0, 3), 64, "nf4")
+    assert packed.shape == (0, 1) and absmax.shape == (0,)
+    assert dequantize_4bit(backend, packed, (absmax,), 64, "nf4", [0, 3], torch.float16).shape == (0, 3)
+    q, absmax = quantize_blockwise(backend, torch.empty(0, 3), cubic_map(), 64)
+    assert q.shape == (0, 3) and absmax.shape == (0,)
+
+
+def test_strided_and_misaligned_inputs(backend):
+    """A transposed weight is made contiguous; a view that starts anywhere takes the path without 16-byte accesses."""
+    x = weights(640, torch.bfloat16)
+    check_4bit(backend, x.view(20, 32).t(), 32, "nf4")
+    for first in (1, 2, 5, 8):
+        check_4bit(backend, x[first:], 64, "nf4")
+        check_blockwise(backend, x[first:], cubic_map(), 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_every_byte_decodes(backend, quant_type, dtype):
+    packed = torch.arange(256).to(torch.uint8).repeat(33)
+    absmax = weights(264, torch.float32).abs()
+    decoded = dequantize_4bit(backend, packed, (absmax,), 64, quant_type, [len(packed) * 2], dtype)
+    assert equal(decoded, reference.dequantize_4bit(packed, absmax, 64, quant_type, [len(packed) * 2], dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested_blocksize", [64, 256])
+def test_nested_scales(backend, nested_blocksize, dtype):
+    """Double quantization is decoded in the same pass, to the same bits as in two."""
+    n = 32 * 300 + 5
+    packed, absmax = reference.quantize_4bit(weights(n, torch.float32), 32, "nf4")
+    code, offset = cubic_map(), absmax.mean().reshape(1)
+    q, nested_absmax = reference.quantize_blockwise(absmax - offset, code, nested_blocksize)
+    nested = (q, nested_absmax, code, offset, nested_blocksize)
+    decoded = dequantize_4bit(backend, packed, nested, 32, "nf4", [n], dtype)
+    scales = reference.scales(*nested)
+    assert equal(decoded, reference.dequantize_4bit(packed, scales, 32, "nf4", [n], dtype))
+
+
+def test_windows(backend):
+    """Any window of elements decodes to that part of the whole."""
+    n = 20000
+    packed, absmax = reference.quantize_4bit(weights(n, torch.float32), 64, "nf4")
+    whole = reference.dequantize_4bit(packed, absmax, 64, "nf4", [n], torch.bfloat16)
+    for first, count in ((0, 1), (1, 2), (63, 66), (64, 8192), (8, 8200), (9, 8192), (19999, 1), (0, n)):
+        out = torch.empty(count, dtype=torch.bfloat16, device=backend.device)
+        tensors = (out, packed.to(backend.device), absmax.to(backend.device), None, None, None)
+        ops.dequantize_4bit_into(*tensors, 256, 64, "nf4", n, first)
+        assert equal(out.cpu(), whole[first : first + count]), (first, count)
+
+
+floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(data=st.data())
+def test_4bit_equals_bitsandbytes(backend, data):
+    F = pytest.importorskip("bitsandbytes.functional")
+    blocksize, dtype = data.draw(st.sampled_from(BLOCKSIZES)), data.draw(st.sampled_from(DTYPES))
+    quant_type, nested = data.draw(st.sampled_from(QUANT_TYPES)), data.draw(st.booleans())
+    values = data.draw(st.lists(floats, min_size=1, max_size=30))
+    n = data.draw(st.sampled_from((len(values), blocksize, blocksize + 1, 3 * blocksize - 1, 64 * 256 + 65)))
+    x = torch.cat([weights(n, torch.float32), torch.tensor(values)])[-n:].to(dtype).nan_to_num()
+    packed, absmax = quantize_4bit(backend, x, blocksize, quant_type)
+    theirs, state = F.quantize_4bit(x, None, None, blocksize, nested, quant_type)
+    assert packed.equal(theirs)
+    scales = (absmax,)
+    if nested:
+        code, offset = F.create_dynamic_map(), absmax.mean().reshape(1)
+        q, nested_absmax = quantize_blockwise(backend, absmax - offset, code, 256)
+        assert q.equal(state.absmax) and nested_absmax.equal(state.state2.absmax)
+        scales = (q, nested_absmax, code, offset)
+    else:
+        assert absmax.equal(state.absmax)
+    decoded = dequantize_4bit(backend, packed, scales, blocksize, quant_type, [n], dtype)
+    assert equal(decoded, F.dequantize_4bit(theirs, state))
+
+
+@given(data=st.data())
+def test_blockwise_equals_bitsandbytes(backend, data):
+    F = pytest.importorskip("bitsandbytes.functional")
+    blocksize, dtype = data.draw(st.sampled_from(BLOCKSIZES[1:])), data.draw(st.sampled_from(DTYPES))
+    code = F.create_dynamic_map(signed=data.draw(st.booleans()))
+    values = data.draw(st.lists(floats, min_size=1, max_size=30))
+    n = data.draw(st.sampled_from((len(values), blocksize, blocksize + 1, 3 * blocksize - 1)))
+    x = torch.cat([weights(n, torch.float32), torch.tensor(values)])[-n:].to(dtype).nan_to_num()
+    q, absmax = quantize_blockwise(backend, x, code, blocksize)
+    theirs, state = F.quantize_blockwise(x, code, blocksize=blocksize)
+    assert q.equal(theirs) and absmax.equal(state.absmax)
+    decoded = dequantize_blockwise(backend, q, code, absmax, blocksize, dtype)
+    state.dtype = dtype
+    assert equal(decoded, F.dequantize_blockwise(theirs, state))
+
+
+@pytest.mark.parametrize("isa", _C.cpu.supported_isas())
+def test_every_instruction_set(isa):
+    before = _C.cpu.isa()
+    try:
+        _C.cpu.set_isa(isa)
+        cpu = type("Cpu", (), {"device": torch.device("cpu")})
+        for dtype in DTYPES:
+            for n in SIZES:
+                for quant_type in QUANT_TYPES:
+                    check_4bit(cpu, weights(n, dtype, seed=n), 64, quant_type)
+                check_blockwise(cpu, weights(n, dtype, seed=n), cubic_map(), 256)
+    finally:
+        _C.cpu.set_isa(before)
+
+
+def call(name, **changes):
+    """A native call with valid arguments but for the changes."""
+    x, absmax, code = torch.zeros(100), torch.zeros(2), torch.zeros(256)
+    arguments = {
+        "quantize_4bit": {"x": x, "packed": torch.zeros(50, dtype=torch.uint8), "absmax": absmax, "blocksize": 64},
+        "dequantize_4bit": {"packed": torch.zeros(50, dtype=torch.uint8), "absmax": absmax, "nested_absmax": None}
+        | {"nested_code": None, "offset": None, "nested_blocksize": 256, "out": x, "numel": 100, "first": 0}
+        | {"blocksize": 64},
+        "quantize_blockwise": {"x": x, "code": code, "q": torch.zeros(100, dtype=torch.uint8), "absmax": absmax}
+        | {"blocksize": 64},
+        "dequantize_blockwise": {"q": torch.zeros(100, dtype=torch.uint8), "code": code, "absmax": absmax, "out": x}
+        | {"blocksize": 64},
+    }[name]
+    if name.endswith("4bit"):
+        arguments["quant_type"] = "nf4"
+    module, context = dispatch.native(x)
+    getattr(module, name)(*(arguments | changes).values(), context)
+
+
+NESTED = {"absmax": torch.zeros(2, dtype=torch.uint8), "nested_absmax": torch.zeros(1)}
+NESTED |= {"nested_code": torch.zeros(256), "offset": torch.zeros(1)}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("quantize_4bit", {"blocksize": 48}, "blocksize: expected a power of two from 32 to 4096, got 48"),
+        ("quantize_4bit", {"blocksize": 16}, "blocksize: expected a power of two from 32 to 4096, got 16"),
+        ("quantize_4bit", {"blocksize": 8192}, "blocksize: expected a power of two from 32 to 4096, got 8192"),
+        ("quantize_4bit", {"x": None}, "x: expected a tensor, got None"),
+        ("quantize_4bit", {"x": torch.zeros(100).double()}, "x: expected float32 or float16 or bfloat16, got another"),
+        ("quantize_4bit", {"x": torch.zeros(200)[::2]}, "x: expected a contiguous tensor, got a strided one"),
+        ("quantize_4bit", {"packed": torch.zeros(49).byte()}, "packed: expected 50 elements, got 49"),
+        ("quantize_4bit", {"absmax": torch.zeros(3)}, "absmax: expected 2 elements, got 3"),
+        ("quantize_4bit", {"quant_type": "int4"}, "quant_type: expected 'nf4' or 'fp4', got 'int4'"),
+        ("dequantize_4bit", {"packed": torch.zeros(50)}, "packed: expected uint8, got float32"),
+        ("dequantize_4bit", {"blocksize": 65}, "blocksize: expected a power of two from 32 to 4096, got 65"),
+        ("dequantize_4bit", {"absmax": torch.zeros(2).byte()}, "absmax: expected float32, got uint8"),
+        ("dequantize_4bit", NESTED | {"absmax": torch.zeros(2)}, "absmax: expected uint8, got float32"),
+        ("dequantize_4bit", NESTED | {"nested_code": None}, "nested_code: expected a tensor, got None"),
+        ("dequantize_4bit", NESTED | {"nested_absmax": torch.zeros(2)}, "nested_absmax: expected 1 elements, got 2"),
+        ("dequantize_4bit", NESTED | {"nested_blocksize": 32}, "a power of two from 64 to 4096, got 32"),
+        ("dequantize_4bit", NESTED | {"offset": torch.zeros(2)}, "offset: expected 1 elements, got 2"),
+        ("dequantize_4bit", {"first": 1}, r"first: expected a window inside 100 elements, got \[1, 101\)"),
+        ("dequantize_4bit", {"first": -1}, r"first: expected a window inside 100 elements, got \[-1, 99\)"),
+        ("quantize_blockwise", {"blocksize": 32}, "blocksize: expected a power of two from 64 to 4096, got 32"),
+        ("quantize_blockwise", {"code": torch.zeros(16)}, "code: expected 256 elements, got 16"),
+        ("quantize_blockwise", {"q": torch.zeros(99).byte()}, "q: expected 100 elements, got 99"),
+        ("dequantize_blockwise", {"absmax": torch.zeros(1)}, "absmax: expected 2 elements, got 1"),
+        ("dequantize_blockwise", {"out": torch.zeros(99)}, "out: expected 100 elements, got 99"),
+    ],
+)
+def test_errors(name, changes, message):
+    with pytest.raises(ValueError, match=f"^({name}: )?.*{message}"):
+        call(name, **changes)
+
+
+def test_error_on_another_device():
+    with pytest.raises(ValueError, match="kernels for cpu and cuda tensors, got one on meta"):
+        dispatch.native(torch.empty(1, device="meta"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_operators_are_registered_correctly(nested):
+    x, code = weights(300, torch.float32), cubic_map()
+    library = torch.ops.pyqlora
+    torch.library.opcheck(library.quantize_4bit, (x, 64, "nf4"))
+    torch.library.opcheck(library.quantize_blockwise, (x, code, 64))
+    packed, absmax = ops.quantize_4bit(x, 64, "nf4")
+    q, q_absmax = ops.quantize_blockwise(absmax, code, 64)
+    torch.library.opcheck(library.dequantize_blockwise, (q, code, q_absmax, 64, torch.float16))
+    scales = (q, q_absmax, code, torch.zeros(1), 64) if nested else (absmax, None, None, None, 256)
+    torch.library.opcheck(library.dequantize_4bit, (packed, *scales, 64, "nf4", [300], torch.bfloat16))
