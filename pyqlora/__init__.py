@@ -3,10 +3,21 @@
 import importlib
 
 from pyqlora.adapter_files import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from pyqlora.auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from pyqlora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
 from pyqlora.kbit import prepare_model_for_kbit_training
+from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from pyqlora.matmul import matmul_4bit
 from pyqlora.model import PeftModel
+from pyqlora.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from pyqlora.tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -15,12 +26,22 @@ from pyqlora.tasks import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
     get_peft_model,
+    inject_adapter_in_model,
 )
 from pyqlora.tuner import LoraModel
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BitsAndBytesConfig",
     "EvaConfig",
+    "LinearWithLoRA",
+    "LoRALayer",
     "LoftQConfig",
     "LoraConfig",
     "LoraModel",
@@ -35,11 +56,17 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "matmul_4bit",
     "prepare_model_for_kbit_training",
+    "replace_linear_with_lora",
     "set_peft_model_state_dict",
 ]
 

@@ -60,6 +60,10 @@ class ModulesToSaveWrapper(nn.Module):
         """Names of the adapters that have a copy."""
         return set(self.modules_to_save)
 
+    def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
+        """The parameters of one adapter's copy, or of all."""
+        return [p for key, module in self.modules_to_save.items() if name in (None, key) for p in module.parameters()]
+
     def running(self) -> nn.Module:
         """The module that a forward pass runs."""
         if self._disable_adapters or self._active_adapter is None:

@@ -25,6 +25,16 @@ from pyqlora.integrations import adopt
 from pyqlora.tuner import LoraModel
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of any model; a 4-bit weight counts by its elements, not its bytes."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = dense.numel(parameter)
+        total += count
+        trainable += count * parameter.requires_grad
+    return trainable, total
+
+
 class PeftModel(nn.Module):
     """A model with adapters. Everything that is not about adapters is the wrapped model's own.
 
@@ -272,12 +282,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters; a 4-bit weight counts by its elements, not its bytes."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = dense.numel(parameter)
-            total += count
-            trainable += count * parameter.requires_grad
-        return trainable, total
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print both counts and the share, in PEFT's line."""
@@ -285,6 +290,18 @@ class PeftModel(nn.Module):
         print(
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
+
+    def get_layer_status(self) -> list:
+        """See pyqlora.get_layer_status."""
+        from pyqlora.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """See pyqlora.get_model_status."""
+        from pyqlora.status import get_model_status
+
+        return get_model_status(self)
 
     # --- files -------------------------------------------------------------------------------------------------------
 

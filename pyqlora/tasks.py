@@ -5,11 +5,12 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyqlora.config import PeftConfig, TaskType
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.model import PeftModel
+from pyqlora.tuner import LoraModel
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -121,6 +122,28 @@ TASK_MODELS: dict[Any, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put LoRA layers into a model without wrapping it, and return it.
+
+    Args:
+        peft_config: which layers, what rank, …
+        model: any torch module, changed in place.
+        adapter_name: what to call the adapter.
+        low_cpu_mem_usage: make the adapter on the meta device, for weights that are loaded next.
+        state_dict: an adapter's weights, whose keys (not values) then say which layers to adapt.
+
+    Raises:
+        ValueError: nothing to adapt.
+    """
+    return LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
 
 
 def get_peft_model(

@@ -16,6 +16,7 @@ from pyqlora.config import LoraConfig, PeftConfig
 from pyqlora.inject import EXCLUDED, match, no_match_error, pattern_value, resolve_targets
 from pyqlora.layers import make_layer
 from pyqlora.lora_layer import BASE_ROW, LoraLayer, RowAdapters, row_adapters
+from pyqlora.weighted import fill, weighted_config
 
 Adapted = LoraLayer | ModulesToSaveWrapper
 
@@ -26,14 +27,23 @@ class LoraModel(nn.Module):
     prefix = "lora_"
     tuner_layer_cls = LoraLayer
 
-    def __init__(self, model: nn.Module, config: Any, adapter_name: str = "default", low_cpu_mem_usage: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ):
         super().__init__()
         self.model = model
-        self.peft_config: dict[str, PeftConfig] = config if isinstance(config, dict) else {adapter_name: config}
+        known = getattr(model, "peft_config", None)  # of adapters that the model carries already
+        self.peft_config: dict[str, PeftConfig] = known if isinstance(known, dict) else {}
+        self.peft_config.update(config if isinstance(config, dict) else {adapter_name: config})
         self._active_adapters = [adapter_name]
         self.targeted_module_names: list[str] = []
         self.train(model.training)
-        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         model.peft_config = self.peft_config
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,6 +98,8 @@ class LoraModel(nn.Module):
         Raises:
             NoMatchingPeftModuleError: the config selects nothing.
         """
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(f"adapter name {adapter_name!r}: expected one without dots that torch does not use itself")
         config = self.peft_config[adapter_name]
         self._check_new_config(config)
         first = not any(True for _ in self.adapted())
@@ -171,7 +183,7 @@ class LoraModel(nn.Module):
 
     def _freeze_base(self) -> None:
         """Leave only adapters, modules_to_save and the biases that the active configs name trainable."""
-        own = {id(p) for module in self.adapted() for p in self._own_parameters(module)}
+        own = {id(p) for module in self.adapted() for p in module.adapter_parameters()}
         configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         biases = {config.bias for config in configs if not config.inference_mode}
         of_layers = {id(layer.bias) for layer in self.layers()} if "lora_only" in biases else set()
@@ -180,12 +192,6 @@ class LoraModel(nn.Module):
                 continue
             is_bias = name == "bias" or name.endswith(".bias")
             parameter.requires_grad_(("all" in biases and is_bias) or id(parameter) in of_layers)
-
-    @staticmethod
-    def _own_parameters(module: Adapted) -> list[nn.Parameter]:
-        return (
-            module.adapter_parameters() if isinstance(module, LoraLayer) else list(module.modules_to_save.parameters())
-        )
 
     def cast_adapter(self, adapter_name: str) -> None:
         """Keep the adapter's half-precision weights in float32, which small updates need."""
@@ -251,6 +257,58 @@ class LoraModel(nn.Module):
             if isinstance(module, ModulesToSaveWrapper):
                 module.delete_adapter(adapter_name, active)
         self._active_adapters = list(active or [])
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others, each with a weight that may be negative; frozen until it is set.
+
+        Args:
+            adapters: the adapters to combine.
+            weights: one for each.
+            adapter_name: the new one's name; if it exists nothing is done.
+            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune" combine A and B apart;
+                these with "_svd", and "svd", combine the updates and factor the result; "cat" is exact.
+            svd_rank: rank after factoring; default the largest of the adapters.
+            svd_clamp: quantile of the factors' values above which they are cut.
+            svd_full_matrices: see torch.linalg.svd.
+            svd_driver: see torch.linalg.svd.
+            density: share of values to keep in ties, dare and magnitude_prune.
+            majority_sign_method: "total" or "frequency", how ties finds the majority's sign.
+
+        Raises:
+            ValueError: an unknown adapter or type, ranks, targets or modules_to_save that do not go together.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if len(adapters) != len(weights):
+            raise ValueError(f"add_weighted_adapter: {len(adapters)} adapters but {len(weights)} weights")
+        kind = "linear" if len(adapters) == 1 else combination_type
+        config = weighted_config(self.peft_config, adapters, kind, svd_rank)
+        wrappers = [module for module in self.adapted() if isinstance(module, ModulesToSaveWrapper)]
+        if clashes := [wrapper for wrapper in wrappers if len(wrapper.adapters() & set(adapters)) > 1]:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{len(clashes)} such instance(s)."
+            )
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        self.set_requires_grad(adapter_name, False)
+        svd = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
+        for layer in self.layers():
+            if adapter_name in layer.adapters():
+                chosen = dict(zip(adapters, weights, strict=True))
+                fill(layer, adapter_name, chosen, kind, density, majority_sign_method, svd)
 
     @contextmanager
     def rows(self, adapter_names: list[str] | None, beams: int | None = None) -> Iterator[None]:

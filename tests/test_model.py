@@ -220,6 +220,12 @@ def test_deleting_a_merged_adapter_is_refused():
     torch.testing.assert_close(model(x()), tiny.mlp()(x()))
 
 
+@pytest.mark.parametrize("name", ["double", "a.b"])
+def test_adapter_names_that_torch_cannot_hold(name):
+    with pytest.raises(ValueError, match=f"adapter name '{name}'"):
+        adapted().add_adapter(name, config())
+
+
 def test_failed_addition_leaves_no_trace():
     model = adapted()
     with pytest.raises(ValueError, match="not found in the base model"):
