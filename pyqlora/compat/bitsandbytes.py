@@ -50,6 +50,8 @@ _MATMUL = {
 }
 _DEVICES = {"features": {"multi_backend"}, "supported_torch_devices": {"cpu", "cuda"}}
 
+_OPTIMIZER_MODULES = ("adagrad", "adam", "adamw", "ademamix", "lamb", "lars", "lion", "optimizer", "rmsprop", "sgd")
+
 MODULES = {
     "": ("pyqlora", _MATMUL, _DEVICES),
     "autograd": (),
@@ -58,5 +60,8 @@ MODULES = {
     "functional": ("pyqlora.functional", _INT8_FUNCTIONS, {"has_avx512bf16": has_avx512bf16}),
     "nn": ("pyqlora.nn", _INT8_LAYERS),
     "nn.modules": ("pyqlora.nn", _INT8_LAYERS),
+    "nn.parametrize": ("pyqlora.nn.parametrize",),
+    "optim": ("pyqlora.optim",),
+    **{f"optim.{name}": ("pyqlora.optim",) for name in _OPTIMIZER_MODULES},
     "utils": ({"sync_gpu": sync_gpu},),
 }
