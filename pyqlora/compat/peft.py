@@ -11,7 +11,7 @@ from torch import nn
 
 from pyqlora import inject
 from pyqlora.auxiliary import ModulesToSaveWrapper
-from pyqlora.compat.stand_in import refused_class, refused_function
+from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.tuner import LoraModel
@@ -63,36 +63,38 @@ def _maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) 
     return peft_config
 
 
-# Methods other than LoRA, and LoRA's variants that are configured by a class of their own: they can be imported and
-# asked for with isinstance, but not made.
-_METHODS = tuple(
+# Methods other than LoRA, and LoRA's variants that are configured by a class of their own. Their configs can be made, as
+# test files do at import, and raise when a model is to be adapted with them.
+_METHODS = re.findall(
+    r"\w+",
     """
     AdaLora Adamss AdaptionPrompt Beft BOFT C3A Cartridge CPT Deft Delora FourierFT Frod Glora Gralora Hira HRA IA3 Lily
     LNTuning LoHa LoKr Miss MultitaskPromptTuning OFT OSF Peanut Poly PrefixTuning PromptEncoder PromptLearning
     PromptTuning Psoft Pvera RandLora Road Shadow Shira Supertuning TinyLora TrainableTokens UniLora VBLoRA Vera WaveFT
     XLora
-    """.split()
+    """,
 )
 _VARIANTS = ("Arrow", "BdLora", "Corda", "Kasa", "LoraGA", "Monteclora", "Velora")
 
 
 def _refusal(name: str) -> str:
-    return (
-        f"peft.{name} is not part of pyqlora, which adapts with LoRA: use LoraConfig, or run PEFT without the stand-in"
-    )
+    return f"peft.{name} is not part of pyqlora, which adapts with LoRA: use LoraConfig, or PEFT without the stand-in"
 
 
-_REFUSED = {
-    name: refused_class(name, _refusal(name))
-    for name in [
-        *(f"{method}{kind}" for method in _METHODS for kind in ("Config", "Model")),
-        *(f"{variant}Config" for variant in _VARIANTS),
-        *("CPTEmbedding", "PeftMixedModel", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
-    ]
-} | {
-    name: refused_function(_refusal(name))
-    for name in ("convert_to_lora", "create_arrow_model", "preprocess_corda", "preprocess_loraga", "save_as_lora")
-}
+_REFUSED = (
+    {f"{name}Config": refused_request(f"{name}Config", _refusal(f"{name}Config")) for name in (*_METHODS, *_VARIANTS)}
+    | {
+        name: refused_class(name, _refusal(name))
+        for name in [
+            *(f"{method}Model" for method in _METHODS),
+            *("CPTEmbedding", "PeftMixedModel", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
+        ]
+    }
+    | {
+        name: refused_function(_refusal(name))
+        for name in ("convert_to_lora", "create_arrow_model", "preprocess_corda", "preprocess_loraga", "save_as_lora")
+    }
+)
 _MAPPINGS = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": {PeftType.LORA: LoraConfig},
     "PEFT_TYPE_TO_TUNER_MAPPING": {PeftType.LORA: LoraModel},

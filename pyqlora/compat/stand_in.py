@@ -91,6 +91,20 @@ def refused_class(name: str, message: str, base: type = object) -> type:
     return type(name, (base,), {"__new__": refuse, "__doc__": message})
 
 
+def refused_request(name: str, message: str) -> type:
+    """A class of configurations that can be made with any arguments, and raise NotImplementedError when one is read."""
+
+    def accept(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def refuse(self: Any, attribute: str) -> None:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        raise NotImplementedError(message)
+
+    return type(name, (), {"__init__": accept, "__getattr__": refuse, "__doc__": message})
+
+
 def refused_function(message: str) -> Any:
     """A function to import, which raises NotImplementedError when it is called."""
 
