@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
@@ -36,7 +37,11 @@ ALL_LINEAR = "all-linear"
 CLASSIFIER_HEADS = ("score", "classifier")
 
 
-class NoMatchingPeftModuleError(ValueError):
+class PeftError(Exception):
+    """What the errors of adapting a model have in common."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
     """The config selects no module of the model."""
 
 
@@ -101,6 +106,8 @@ def model_config(model: nn.Module) -> dict:
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         return config.to_dict()
+    if dataclasses.is_dataclass(config):
+        return dataclasses.asdict(config)
     return config if isinstance(config, dict) else {"model_type": "custom"}
 
 

@@ -34,8 +34,8 @@ def matmul_4bit(
         raise ValueError(f"matmul_4bit: quant_state.shape must be 2D [N, K], got {tuple(quant_state.shape)}")
     if A.shape[-1] == quant_state.shape[0] != quant_state.shape[1]:
         warnings.warn(
-            f"matmul_4bit: the weight was quantized as [K, N] = {list(quant_state.shape)}, which is slow and will be an "
-            "error. Re-quantize from the weight as [N, K] (out_features, in_features).",
+            f"matmul_4bit: the weight was quantized as [K, N] = {list(quant_state.shape)}, which is slow and will be "
+            "an error. Re-quantize from the weight as [N, K] (out_features, in_features).",
             DeprecationWarning,
             stacklevel=2,
         )

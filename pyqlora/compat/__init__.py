@@ -38,6 +38,9 @@ def install() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == peer.NAME]:
             _set_aside[name] = sys.modules.pop(name)
         sys.modules.update(module_tree(peer.NAME, peer.VERSION, peer.MODULES))
+    for owner, methods in peft.METHODS.items():
+        for name, method in methods.items():
+            setattr(owner, name, method)
     sys.meta_path.insert(0, _finder)
     bitsandbytes_ops.register()
     forget_availability()
@@ -52,5 +55,8 @@ def uninstall() -> None:
         del sys.modules[name]
     sys.modules.update(_set_aside)
     _set_aside.clear()
+    for owner, methods in peft.METHODS.items():
+        for name in methods:
+            delattr(owner, name)
     bitsandbytes_ops.unregister()
     forget_availability()

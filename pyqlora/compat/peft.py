@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import abc
 import importlib.metadata
 import re
 
-import torch
-from torch import nn
-
 from pyqlora import inject
-from pyqlora.auxiliary import ModulesToSaveWrapper
+from pyqlora.compat import peft_internals
 from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
@@ -20,51 +16,8 @@ NAME = "peft"
 VERSION = "0.21.2"
 
 
-class AuxiliaryTrainingWrapper(abc.ABC):  # noqa: B024 - for isinstance only
-    """What trains beside LoRA layers: whole modules and single tokens."""
-
-
-AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
-
-
-def infer_device() -> str:
-    """The kind of accelerator that torch sees, or "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, last part of the name) of the module with a dotted name."""
-    parent, _, name = key.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(key), name
-
-
-def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
-    """The weight as [out, in]."""
-    return weight.T if fan_in_fan_out else weight
-
-
-def check_target_module_exists(config: LoraConfig, key: str) -> bool:
-    """Whether the config targets the module of that name."""
-    return inject.match(config, key)
-
-
-def inspect_matched_modules(tuner: LoraModel, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Names of the modules that an adapter's config targets, and of those it does not."""
-    config = tuner.peft_config[adapter_name]
-    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
-    for name, _ in tuner.model.named_modules():
-        found["matched" if inject.match(config, name) else "unmatched"].append(name)
-    return found
-
-
-def _maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
-    if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == inject.ALL_LINEAR:
-        peft_config.target_modules = inject.all_linear_names(peft_config, model)
-    return peft_config
-
-
-# Methods other than LoRA, and LoRA's variants that are configured by a class of their own. Their configs can be made, as
-# test files do at import, and raise when a model is to be adapted with them.
+# Methods other than LoRA, and LoRA's variants that are configured by a class of their own. Their configs can be made,
+# which programs do at import, and raise when a model is to be adapted with them.
 _METHODS = re.findall(
     r"\w+",
     """
@@ -100,12 +53,6 @@ _MAPPINGS = {
     "PEFT_TYPE_TO_TUNER_MAPPING": {PeftType.LORA: LoraModel},
     "PEFT_TYPE_TO_PREFIX_MAPPING": {PeftType.LORA: LoraModel.prefix},
 }
-_BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer}
-_TUNER_UTILS = _BASES | {
-    "_maybe_include_all_linear_layers": _maybe_include_all_linear_layers,
-    "check_target_module_exists": check_target_module_exists,
-    "inspect_matched_modules": inspect_matched_modules,
-}
 _CONSTANTS = {
     "CONFIG_NAME": "adapter_config.json",
     "DUMMY_MODEL_CONFIG": {"model_type": "custom"},
@@ -117,11 +64,14 @@ _CONSTANTS = {
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": inject.DEFAULT_TARGETS,
     "WEIGHTS_NAME": "adapter_model.bin",
 }
-_UTILS = _CONSTANTS | {
-    "AuxiliaryTrainingWrapper": AuxiliaryTrainingWrapper,
-    "_get_submodules": _get_submodules,
-    "infer_device": infer_device,
-    "transpose": transpose,
+_BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": UserWarning}
+
+# Methods that programs call on PEFT's tuners; LoraModel has them while the stand-in is installed.
+METHODS = {
+    LoraModel: {
+        "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
+        "get_model_config": staticmethod(inject.model_config),
+    }
 }
 
 
@@ -143,27 +93,24 @@ _IMPORT_UTILS = {f"is_{package}_available": lambda: False for package in _ABSENT
     "is_transformers_ge_v5_6_0": _transformers_at_least(5, 6),
 }
 
-_LAYERS = ("pyqlora.layers", "pyqlora.lora_layer", "pyqlora.tuner", "pyqlora.config", _REFUSED)
-_EVERYDAY = ("pyqlora", "pyqlora.inject", "pyqlora.auxiliary", _MAPPINGS)
+_INNER = (
+    "pyqlora.compat.peft_internals",
+    _CONSTANTS,
+    _BASES,
+    _MAPPINGS,
+)  # its functions before the core's of that name
+_CORE = ("pyqlora", "pyqlora.config", "pyqlora.inject", "pyqlora.auxiliary", "pyqlora.layers", "pyqlora.lora_layer")
+_ALL = (*_INNER, *_CORE, _REFUSED)
+
+_PATHS = (
+    *("config", "functional", "mapping", "mapping_func", "peft_model"),
+    *("tuners", "tuners.lora", "tuners.lora.config", "tuners.lora.layer", "tuners.lora.model", "tuners.tuners_utils"),
+    *("utils", "utils.constants", "utils.other", "utils.peft_types", "utils.save_and_load"),
+)
 
 MODULES = {
-    "": (*_EVERYDAY, _REFUSED),
-    "config": ("pyqlora.config", _REFUSED),
-    "functional": _EVERYDAY,
+    "": _ALL,
+    **dict.fromkeys(_PATHS, _ALL),
     "import_utils": (_IMPORT_UTILS,),
-    "mapping": _EVERYDAY,
-    "mapping_func": _EVERYDAY,
-    "peft_model": _EVERYDAY,
-    "tuners": (*_LAYERS,),
-    "tuners.lora": _LAYERS,
-    "tuners.lora.config": _LAYERS,
-    "tuners.lora.layer": _LAYERS,
-    "tuners.lora.model": (*_LAYERS, _CONSTANTS),
     "tuners.lora.variants": ("pyqlora.variants",),
-    "tuners.tuners_utils": (_TUNER_UTILS, *_EVERYDAY),
-    "utils": (*_EVERYDAY, _UTILS),
-    "utils.constants": (_CONSTANTS,),
-    "utils.other": (*_EVERYDAY, _UTILS),
-    "utils.peft_types": _EVERYDAY,
-    "utils.save_and_load": _EVERYDAY,
 }
