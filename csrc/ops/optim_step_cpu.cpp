@@ -18,12 +18,16 @@
 namespace pyqlora::cpu {
 namespace {
 
+// `a` where the mask is ones, else `b`. Written on the bits, which keeps the compiler from branching around a store.
+[[gnu::always_inline]] inline float select(uint32_t mask, float a, float b) {
+    return bit_cast<float>((bit_cast<uint32_t>(a) & mask) | (bit_cast<uint32_t>(b) & ~mask));
+}
+
 // One loop for every rule and instruction set: the compiler vectorizes it in each of the functions that inline it.
 // With `only_direction` it leaves the states alone and puts u in the place of p.
 template <bool only_direction, class Rule>
 [[gnu::always_inline]] inline void apply_rule(const Rule& rule, float size, const float* g, float* p, float* s0,
                                               float* s1, float* s2, int64_t n) {
-    constexpr float largest = std::numeric_limits<float>::max();
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
         float* const at[3] = {s0 + i, s1 + i, s2 + i};
@@ -31,13 +35,14 @@ template <bool only_direction, class Rule>
         for (int k = 0; k < Rule::states; ++k) s[k] = *at[k];
         const float gradient = Rule::coupled ? fmaf(rule.weight_decay, p[i], g[i]) : g[i];
         const float u = rule.update(gradient, s), updated = fmaf(-size, u, p[i] * rule.decay);
-        bool finite = true;
-        for (int k = 0; k < Rule::states; ++k) finite &= std::fabs(s[k]) <= largest;
+        uint32_t unfinite = 0;
+        for (int k = 0; k < Rule::states; ++k) unfinite |= (bit_cast<uint32_t>(s[k]) & 0x7fffffffu) > 0x7f7fffffu;
+        const uint32_t keep = 0u - unfinite;
         if constexpr (only_direction) {
-            p[i] = finite ? u : 0.0f;
+            p[i] = select(keep, 0.0f, u);
         } else {
-            p[i] = finite ? updated : p[i];
-            for (int k = 0; k < Rule::states; ++k) *at[k] = finite ? s[k] : *at[k];
+            p[i] = select(keep, p[i], updated);
+            for (int k = 0; k < Rule::states; ++k) *at[k] = select(keep, *at[k], s[k]);
         }
     }
 }
@@ -99,7 +104,14 @@ struct Avx2 {
     // No gather instructions, here or in encode: plain loads are as fast where gathers are good and far faster where
     // microcode has slowed them down.
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
-        Scalar::decode(codes, q, absmax, x, n);
+        const float* map = codes.map;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) {
+            const __m256 value = _mm256_setr_ps(map[q[i]], map[q[i + 1]], map[q[i + 2]], map[q[i + 3]], map[q[i + 4]],
+                                                map[q[i + 5]], map[q[i + 6]], map[q[i + 7]]);
+            _mm256_storeu_ps(x + i, _mm256_mul_ps(value, _mm256_set1_ps(absmax)));
+        }
+        Scalar::decode(codes, q + i, absmax, x + i, n - i);
     }
     static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), lowest = _mm256_set1_epi32(StateCodes::lowest);
@@ -137,6 +149,23 @@ struct Avx512 : Avx2 {
     template <bool only_direction = false, class Rule>
     static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
         apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    }
+    // The map lies in 16 registers: eight look-ups by the low five bits, then the choice among them by the high three.
+    static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
+        __m512 map[16];
+        for (int r = 0; r < 16; ++r) map[r] = _mm512_loadu_ps(codes.map + 16 * r);
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            const __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q + i)));
+            __m512 value[8];
+            for (int r = 0; r < 8; ++r) value[r] = _mm512_permutex2var_ps(map[2 * r], code, map[2 * r + 1]);
+            for (int half = 4, bit = 128; half > 0; half /= 2, bit /= 2) {
+                const __mmask16 upper = _mm512_test_epi32_mask(code, _mm512_set1_epi32(bit));
+                for (int r = 0; r < half; ++r) value[r] = _mm512_mask_blend_ps(upper, value[r], value[r + half]);
+            }
+            _mm512_storeu_ps(x + i, _mm512_mul_ps(value[0], _mm512_set1_ps(absmax)));
+        }
+        Scalar::decode(codes, q + i, absmax, x + i, n - i);
     }
 };
 PYQLORA_TARGET_END
