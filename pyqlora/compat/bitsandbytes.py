@@ -62,6 +62,7 @@ MODULES = {
     "nn.modules": ("pyqlora.nn", _INT8_LAYERS),
     "nn.parametrize": ("pyqlora.nn.parametrize",),
     "optim": ("pyqlora.optim",),
-    **{f"optim.{name}": ("pyqlora.optim",) for name in _OPTIMIZER_MODULES},
+    **dict.fromkeys([f"optim.{name}" for name in _OPTIMIZER_MODULES], ("pyqlora.optim",)),
+    "optim.ademamix": ("pyqlora.optim", "pyqlora.compat.ademamix"),
     "utils": ({"sync_gpu": sync_gpu},),
 }
