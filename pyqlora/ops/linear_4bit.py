@@ -34,8 +34,8 @@ def _(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, 
 
 # CPU: up to this many rows of x go through the kernel that decodes W in registers; more go through torch's GEMM on one
 # piece of W after the other, decoded into a workspace of this size, one per Python thread (a longer row is one piece).
-_FUSED_ROWS = 8
-_WORKSPACE_BYTES = 4 << 20
+_FUSED_ROWS = 24
+_WORKSPACE_BYTES = 8 << 20
 _local = threading.local()
 
 
@@ -165,7 +165,7 @@ def linear_4bit(
     """x · Wᵀ + bias for a W of `shape` [N, K] packed as `quantize_4bit` does (see `pyqlora.functional` for the format).
 
     x is [..., K] in float32, float16 or bfloat16; the result is [..., N] in x's dtype. On a CPU the arithmetic is
-    float32 whatever x is, rounded once at the end, and no more than 4 MiB of W are ever held decoded per thread. On a
+    float32 whatever x is, rounded once at the end, and no more than 8 MiB of W are ever held decoded per thread. On a
     GPU W is decoded to x's dtype. Differentiable in x and bias, not in W.
 
     Raises:

@@ -110,7 +110,7 @@ def test_threads_have_workspaces_of_their_own():
 
     def work(arguments, w):
         for _ in range(30):
-            x = torch.randn(20, 96, requires_grad=True)
+            x = torch.randn(40, 96, requires_grad=True)
             y = linear_4bit(x, *arguments)
             y.backward(torch.ones_like(y))
             exact = x.detach().double() @ w.T
@@ -139,7 +139,7 @@ def test_repeats_bit_for_bit_and_for_any_number_of_threads():
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_operator_contract(rows):
     arguments, _ = weight(16, 64, nested=True)
     x = torch.randn(rows, 64, requires_grad=True)
@@ -164,7 +164,7 @@ def test_compiles_whole():
     def f(x):
         return torch.nn.functional.silu(linear_4bit(x, *arguments)).sum()
 
-    x = torch.randn(12, 64, requires_grad=True)
+    x = torch.randn(40, 64, requires_grad=True)
     f(x).backward()
     eager, x.grad = x.grad, None
     torch.compile(f, fullgraph=True, backend="aot_eager")(x).backward()
@@ -174,13 +174,13 @@ def test_compiles_whole():
 def test_inference_mode_and_training_after_it():
     arguments, w = weight(16, 64)
     with torch.inference_mode():
-        linear_4bit(torch.randn(20, 64), *arguments)
-    x = torch.randn(20, 64, requires_grad=True)
+        linear_4bit(torch.randn(40, 64), *arguments)
+    x = torch.randn(40, 64, requires_grad=True)
     linear_4bit(x, *arguments).sum().backward()
-    torch.testing.assert_close(x.grad.double(), w.sum(0).expand(20, 64), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), w.sum(0).expand(40, 64), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_errors_name_the_argument(rows):
     arguments, _ = weight(16, 64)
     packed, absmax, *rest = arguments
