@@ -52,7 +52,8 @@ def build(*targets: str, mutant: tuple[Path, ...] = ()) -> None:
 def load(folder: Path) -> Any:
     """The extension module in a build's folder."""
     (path,) = folder.glob("pyqlora_emulation*.so")
-    spec = importlib.util.spec_from_file_location("pyqlora_emulation", path)
+    # pybind11 keeps one module per full name, so that each build needs its own.
+    spec = importlib.util.spec_from_file_location(f"{folder}.pyqlora_emulation", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
