@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import trainer, trainer_optimizer, trainer_utils
 
+from pyqlora import optim
 from pyqlora.model import PeftModel
 
 _ABSENT = object()
@@ -50,8 +51,6 @@ def unregister() -> None:
 
 def optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type, dict[str, Any]]:
     """The optimizer class and its arguments for a name of bitsandbytes, as the Trainer's table of optimizers asks."""
-    from pyqlora import optim
-
     name, extra, args = ctx.args.optim.value, ctx.optim_args, ctx.args
     bits = 8 if "8bit" in name else 32
     kwargs = {**ctx.optimizer_kwargs, "optim_bits": bits}
@@ -73,8 +72,6 @@ def optimizer(ctx: trainer_optimizer.OptimizerContext) -> tuple[type, dict[str, 
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
-    from pyqlora import optim
-
     manager = optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):

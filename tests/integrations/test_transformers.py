@@ -1,0 +1,222 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from pyqlora import BitsAndBytesConfig, quant
+from pyqlora.integrations import transformers as integration
+from pyqlora.nn import Linear4bit, Params4bit
+
+SETTINGS = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": torch.bfloat16,
+}
+IDS = torch.arange(20)[None]
+
+
+def llama(**kwargs):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **kwargs))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    llama().to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(**SETTINGS), **kwargs)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.fixture
+def without_registration():
+    """transformers as it is without pyqlora."""
+    integration.unregister()
+    yield
+    integration.register()
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}, None], ids=str)
+def test_loading_quantizes_every_linear_layer_but_the_head(base, device_map):
+    model = load(base, device_map=device_map)
+    kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds.pop("lm_head") is torch.nn.Linear
+    assert len(kinds) == 14 and set(kinds.values()) == {Linear4bit}
+    source = transformers.AutoModelForCausalLM.from_pretrained(base)
+    for name in kinds:
+        packed, state = quant.quantize_4bit(source.get_submodule(name).weight.detach(), 64, "nf4", True)
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Params4bit) and torch.equal(weight.detach(), packed) and weight.quant_state == state
+    assert model.dtype == torch.bfloat16 and model.is_quantized
+    packed = sum(p.numel() for p in source.model.layers.parameters() if p.dim() == 2) / 2
+    rest = 2 * (2 * 128 * 64 + 5 * 64) + sum(buffer.nbytes for buffer in model.buffers())
+    assert model.get_memory_footprint() == packed + rest
+
+
+def test_skipping_modules(base):
+    config = BitsAndBytesConfig(**SETTINGS, llm_int8_skip_modules=["lm_head", "down_proj"])
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
+    assert type(model.model.layers[0].mlp.up_proj) is Linear4bit
+    with pytest.raises(ValueError, match="no linear layer to quantize outside of"):
+        config = BitsAndBytesConfig(**SETTINGS, llm_int8_skip_modules=["lm_head", "model"])
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saving_and_loading(tied, tmp_path):
+    """Twice over: a loaded checkpoint can be saved again."""
+    llama(tie_word_embeddings=tied).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "base")
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a", device_map="auto")
+    again.save_pretrained(tmp_path / "b")
+    third = load(tmp_path / "b")  # the checkpoint's own configuration wins
+    assert torch.equal(logits(again), logits(model)) and torch.equal(logits(third), logits(model))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    saved = json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "bitsandbytes" and saved["load_in_4bit"] is True
+
+
+def test_checkpoints_equal_bitsandbytes(base, tmp_path, without_registration):
+    """Same files, byte for byte; each loads the other's to the same dequantized weights."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=transformers.BitsAndBytesConfig(**SETTINGS), device_map="auto"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    integration.register()
+    load(base).save_pretrained(tmp_path / "ours")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    integration.unregister()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    for name, module in theirs.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            ours_weight = ours.get_submodule(name).weight
+            expected = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            assert torch.equal(quant.dequantize_4bit(ours_weight.detach(), ours_weight.quant_state), expected)
+    exact = logits(ours).float()
+    assert (logits(theirs).float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_registration_is_reversible(base):
+    before = transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
+    integration.unregister()
+    assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is not before
+    integration.register()
+    assert transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is before is integration.Quantizer
+
+
+def test_transposed_layers_of_gpt2(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=100, n_positions=32))
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    layer = loaded.transformer.h[0].mlp.c_fc
+    source = model.transformer.h[0].mlp.c_fc.weight.detach().t().contiguous()
+    assert type(layer) is Linear4bit and (layer.in_features, layer.out_features) == (64, 256)
+    assert torch.equal(layer.weight.detach(), quant.quantize_4bit(source, 64, "nf4", True)[0])
+    assert layer.bias.dtype == torch.bfloat16
+    exact = logits(model).float()
+    assert (logits(loaded).float() - exact).abs().max() < 0.5 * exact.abs().max()
+
+
+def test_dequantize(base):
+    model = load(base)
+    expected = logits(model)
+    plain = model.dequantize()
+    assert not any(isinstance(module, Linear4bit) for module in plain.modules())
+    assert not getattr(plain.config, "quantization_config", None)
+    assert (logits(plain) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_missing_weights_are_said_aloud(base, tmp_path, caplog):
+    weights = llama().to(torch.bfloat16).state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    llama().to(torch.bfloat16).save_pretrained(tmp_path, state_dict=weights)
+    transformers.logging.get_logger("transformers").propagate = True
+    try:
+        load(tmp_path)
+    finally:
+        transformers.logging.get_logger("transformers").propagate = False
+    assert "model.layers.1.mlp.up_proj.weight was not quantized" in caplog.text
+
+
+def test_configuration_errors():
+    with pytest.raises(ValueError, match=r"load_in_8bit .* is not supported, use load_in_4bit=True"):
+        BitsAndBytesConfig(load_in_8bit=True)
+    with pytest.raises(ValueError, match="must be nf4 or fp4, got 'nf3'"):
+        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf3")
+
+
+@pytest.mark.parametrize("places", [("cpu", "disk"), (0, "cpu")])
+def test_mixed_device_maps_are_refused(base, places):
+    device_map = {"model": places[0], "lm_head": places[1]}
+    with pytest.raises(ValueError, match="a 4-bit model needs one kind of device"):
+        load(base, device_map=device_map)
+
+
+MEASURE = """
+import sys
+sys.modules["bitsandbytes"] = sys.modules["peft"] = None
+import torch
+from transformers import AutoModelForCausalLM
+from pyqlora import BitsAndBytesConfig
+from pyqlora.nn import Linear4bit
+
+def mib(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)  # everything is imported now
+before = mib("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # forget the peak so far
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config, device_map="auto")
+states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
+scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes + s.state2.code.nbytes for s in states)
+print(mib("VmHWM") - before, (model.get_memory_footprint() + scales) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_while_loading(base, tmp_path):
+    """Resident memory, mapped files included: the quantized model, one tensor, and 16 MiB for all else."""
+    config = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, vocab_size=1000)
+    config.num_attention_heads = config.num_key_value_heads = 8
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for param in model.parameters():
+        param.data.fill_(0.02)
+    model.save_pretrained(tmp_path, max_shard_size="60MB")
+    size = sum(param.nbytes for param in model.parameters()) / 2**20
+    del model
+    script = [sys.executable, "-c", MEASURE, str(base), str(tmp_path)]
+    peak, quantized = map(float, subprocess.run(script, check=True, capture_output=True, text=True).stdout.split())
+    largest = 1024 * 4096 * 2 / 2**20
+    print(f"bfloat16 {size:.0f} MiB, quantized {quantized:.0f} MiB, peak while loading {peak:.0f} MiB")
+    assert size > 250 and quantized < 0.3 * size
+    assert peak < quantized + largest + 16
