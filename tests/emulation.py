@@ -82,8 +82,9 @@ class EmulatedDevice:
         def call(*args):
             memory = _Memory(self.module)
             try:
-                function(*memory.upload(args))
+                result = function(*memory.upload(args))
                 memory.download()
+                return result
             finally:
                 memory.free()
                 self.module.reset()

@@ -24,6 +24,13 @@ __device__ __forceinline__ uint32_t load_streaming(const uint32_t* p) {
     return v;
 }
 
+// Eight bytes likewise, of rows that a warp walks along: L2 fetches the 128-byte line around them at once.
+__device__ __forceinline__ uint2 load_streaming(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+    return v;
+}
+
 // d = a * b + c on one warp: a 16x16 (row major), b 16x8 (column major), c and d 16x8. Lane l holds, with g = l / 4 and
 // t = l % 4: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t, 2t+1], a[2] = A[g][2t+8, +9], a[3] = A[g+8][2t+8, +9],
 // b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, +9][g], d[0, 1] = D[g][2t, 2t+1], d[2, 3] = D[g+8][2t, 2t+1].

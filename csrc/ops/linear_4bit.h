@@ -39,12 +39,49 @@ inline void check(const Linear4bitArgs& a, Device device) {
                            {"y", a.y}});
 }
 
+// The same on tensor cores, with the sum over k split between thread blocks where one wave of them would not fill the
+// GPU: each leaves its part in the workspace, and a second launch adds them in a fixed order.
+struct Linear4bitMmaArgs {
+    static constexpr int64_t max_rows = 64, step = 64, max_k = 1 << 24;
+
+    Linear4bitArgs linear;
+    TensorRef workspace;  // f32 [splits, m, n], or None for one split
+
+    int64_t splits() const { return workspace.defined() ? workspace.numel / linear.y.numel : 1; }
+};
+
+inline void check(const Linear4bitMmaArgs& a, Device device) {
+    const char* op = "linear_4bit_mma";
+    const Linear4bitArgs& l = a.linear;
+    check(l, device);
+    check_tensor(op, "x", l.x, device, {DType::f16, DType::bf16});
+    if (l.m() < 1 || l.m() > a.max_rows)
+        bad_argument(op, "x", "1 to " + std::to_string(a.max_rows) + " rows", std::to_string(l.m()));
+    if (l.k % a.step || l.k > a.max_k)
+        bad_argument(op, "shape",
+                     "K a multiple of " + std::to_string(a.step) + " and at most " + std::to_string(a.max_k),
+                     std::to_string(l.k));
+    check_blocksize(op, l.blocksize, a.step);
+    for (const Named& t : {Named{"x", l.x}, Named{"packed", l.packed}})
+        if (reinterpret_cast<uintptr_t>(t.tensor.data) % 16)
+            bad_argument(op, t.name, "a 16-byte aligned tensor", "a view at another address (call .clone())");
+    if (!a.workspace.defined()) return;
+    check_tensor(op, "workspace", a.workspace, device, {DType::f32});
+    if (a.workspace.numel == 0 || a.workspace.numel % l.y.numel)
+        bad_argument(op, "workspace", "a multiple of " + std::to_string(l.y.numel) + " elements",
+                     std::to_string(a.workspace.numel));
+    check_same_device(op, {{"x", l.x}, {"workspace", a.workspace}});
+}
+
 namespace cpu {
 void linear_4bit(const Linear4bitArgs& a, int threads);
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t
 void linear_4bit(const Linear4bitArgs& a, void* stream);
+void linear_4bit_mma(const Linear4bitMmaArgs& a, void* stream);
+// How many splits of the sum over k give every multiprocessor work.
+int64_t linear_4bit_mma_splits(int64_t m, int64_t n, int64_t k, int64_t multiprocessors);
 }  // namespace cuda
 
 }  // namespace pyqlora

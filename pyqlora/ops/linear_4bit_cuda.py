@@ -1,8 +1,20 @@
-"""linear_4bit on a GPU: which kernel serves a shape, and its call."""
+"""linear_4bit on a GPU: which of three ways serves a shape, and the calls.
+
+simt
+    any dtype and shape, each weight decoded once per 8 rows of x.
+mma
+    tensor cores: 16-bit x of at most 64 rows, K in multiples of 64, blocks of 64 and more.
+dequantize
+    W decoded into memory in one launch, then torch.matmul.
+
+The environment variable PYQLORA_LINEAR_4BIT names one of them for all shapes that it can serve.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 
 import torch
 from torch import Tensor
@@ -10,15 +22,52 @@ from torch import Tensor
 from pyqlora.ops.backend import native
 from pyqlora.ops.quantize import dequantize_4bit_into
 
-# For more rows of x, W is decoded into memory and left to torch.matmul.
+# The dispatch table. By compute capability: up to how many rows of x tensor-core kernels of this kind have the better
+# of decoding W and a library GEMM, which on the large GPUs has faster instructions to itself (see the measurements in
+# bitsandbytes' dispatcher); the next smaller entry serves a capability that is not here. Then, for all: how many rows
+# go through a fused kernel even for a small W, what a small W is, and how many rows go through simt where mma cannot.
+_MMA_ROWS = {75: 32, 80: 64, 86: 64, 89: 64, 90: 32, 100: 16, 120: 64}
+_ALWAYS_FUSED_ROWS = 4
+_SMALL_WEIGHT = 1 << 20
 _SIMT_ROWS = 4
+
+_WAYS = ("simt", "mma", "dequantize")
 
 
 def forward(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
     """x [..., K] · Wᵀ + bias; `weight` is (packed, absmax, nested_*, offset, nested_blocksize, blocksize, type)."""
-    if math.prod(x.shape[:-1]) <= _SIMT_ROWS:
-        return simt(x, weight, shape, bias)
-    return torch.nn.functional.linear(x, whole(weight, shape, x.dtype), None if bias is None else bias.to(x.dtype))
+    x = x.contiguous()
+    aligned = (x.data_ptr() | weight[0].data_ptr()) % 16 == 0
+    way = choose(math.prod(x.shape[:-1]), *shape, weight[6], x.dtype, aligned, _gpu(x.device)[0])
+    return {"simt": simt, "mma": mma, "dequantize": dequantize}[way](x, weight, shape, bias)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, aligned: bool, capability: int) -> str:
+    """Which way serves m rows of x and a W of [n, k] on a GPU of this compute capability (80 for 8.0)."""
+    can_mma = 1 <= m <= 64 and k % 64 == 0 and k <= 1 << 24 and blocksize >= 64 and aligned
+    can_mma = can_mma and dtype in (torch.float16, torch.bfloat16)
+    can_mma = can_mma and capability >= (80 if dtype == torch.bfloat16 else 75)
+    way = os.environ.get("PYQLORA_LINEAR_4BIT")
+    if way is not None and way not in _WAYS:
+        raise ValueError(f"PYQLORA_LINEAR_4BIT: expected {', '.join(_WAYS[:-1])} or {_WAYS[-1]}, got {way!r}")
+    if way is not None and (way != "mma" or can_mma):
+        return way
+    mma_rows = next(
+        rows for least, rows in sorted(_MMA_ROWS.items(), reverse=True) if least <= capability or least == 75
+    )
+    if can_mma and (m <= _ALWAYS_FUSED_ROWS or (m <= mma_rows and n * k >= _SMALL_WEIGHT)):
+        return "mma"
+    return "simt" if m <= _SIMT_ROWS else "dequantize"
+
+
+@functools.lru_cache(maxsize=64)
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Compute capability and multiprocessors; for the CPU tensors of an emulated GPU, those of a small one."""
+    if device.type == "cpu":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def simt(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
@@ -26,8 +75,24 @@ def simt(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Ten
     *packed_and_scales, blocksize, quant_type = weight
     y = x.new_empty((*x.shape[:-1], shape[0]))
     module, context = native(x)
-    module.linear_4bit(x.contiguous(), *packed_and_scales, bias, y, *shape, blocksize, quant_type, context)
+    module.linear_4bit(x, *packed_and_scales, bias, y, *shape, blocksize, quant_type, context)
     return y
+
+
+def mma(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
+    """The tensor-core kernel; the sum over K is split where W has too few rows to give every multiprocessor work."""
+    *packed_and_scales, blocksize, quant_type = weight
+    y = x.new_empty((*x.shape[:-1], shape[0]))
+    module, context = native(x)
+    splits = module.linear_4bit_mma_splits(math.prod(x.shape[:-1]), *shape, _gpu(x.device)[1])
+    workspace = x.new_empty((splits, y.numel()), dtype=torch.float32) if splits > 1 else None
+    module.linear_4bit_mma(x, *packed_and_scales, bias, y, *shape, blocksize, quant_type, workspace, context)
+    return y
+
+
+def dequantize(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
+    """W in x's dtype, then torch's GEMM."""
+    return torch.nn.functional.linear(x, whole(weight, shape, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def whole(weight: tuple, shape: list[int], dtype: torch.dtype) -> Tensor:

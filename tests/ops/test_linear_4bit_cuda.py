@@ -7,6 +7,8 @@ import reference
 import torch
 
 from pyqlora.ops import linear_4bit_cuda
+from pyqlora.ops.backend import native
+from pyqlora.ops.linear_4bit import linear_4bit
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one unit in the last place
@@ -82,6 +84,128 @@ def test_simt_takes_misaligned_tensors(gpu):
     x = torch.arange(65.0)[1:].view(1, 64).to(gpu.device)
     y = linear_4bit_cuda.simt(x, (packed, *to(gpu.device, weight)[1:]), [4, 64], None)
     torch.testing.assert_close(y.cpu().double(), x.cpu().double() @ values.T, rtol=1e-5, atol=1e-3)
+
+
+DECODING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of a centroid as an operand of the tensor cores
+
+
+def check_mma(gpu, dtype, *shape, **options):
+    check(linear_4bit_cuda.mma, gpu, dtype, *shape, decoding=DECODING[dtype], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64])
+def test_mma_rows(gpu, dtype, m):
+    check_mma(gpu, dtype, m, 40, 576, 64, nested=m % 2 == 0)
+
+
+@pytest.mark.parametrize("m", [3, 12, 20, 40])
+@pytest.mark.parametrize(("n", "k"), [(1, 64), (15, 128), (33, 192), (129, 320), (24, 1088)])
+def test_mma_shapes(gpu, m, n, k):
+    check_mma(gpu, torch.bfloat16, m, n, k, 64, nested=n % 2 == 0, bias=n % 4 != 0)
+
+
+@pytest.mark.parametrize("blocksize", [64, 128, 256, 4096])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_mma_blocks_run_over_the_ends_of_rows(gpu, blocksize, nested):
+    check_mma(gpu, torch.float16, 5, 21, 832, blocksize, "fp4", nested=nested)
+
+
+@pytest.mark.parametrize(("m", "splits"), [(4, 2), (9, 3), (40, 5)])
+@pytest.mark.parametrize("n", [24, 35])
+def test_mma_splits(gpu, monkeypatch, m, splits, n):
+    monkeypatch.setattr(linear_4bit_cuda, "_gpu", lambda device: (80, splits * -(-n // 32)))
+    check_mma(gpu, torch.float16, m, n, 4160, 64, nested=True)
+
+
+def test_mma_is_deterministic(gpu):
+    weight, _ = weight_of(70, 1280, 64)
+    x, weight = torch.randn(10, 1280, dtype=torch.bfloat16, device=gpu.device), to(gpu.device, weight)
+    first, second = (linear_4bit_cuda.mma(x, weight, [70, 1280], None) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kernel", [linear_4bit_cuda.simt, linear_4bit_cuda.mma])
+@pytest.mark.parametrize("scale", [0.0, torch.inf, torch.nan])
+def test_a_scale_reaches_its_block_alone(gpu, kernel, scale):
+    weight, _ = weight_of(20, 256, 64)
+    x = torch.randn(9, 256, dtype=torch.float16)
+    x[4, 100] = torch.inf
+    weight[1][4 * 7 + 2] = scale
+    values = reference.dequantize_4bit(weight[0], weight[1], 64, "nf4", (20, 256), torch.float64)
+    y = kernel(x.to(gpu.device), to(gpu.device, weight), [20, 256], None).cpu().double()
+    expected = x.double() @ values.T
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    finite = expected.isfinite()
+    torch.testing.assert_close(y[finite], expected[finite], rtol=1e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "x: expected float16 or bfloat16, got float32"),
+        ({"m": 65}, "x: expected 1 to 64 rows, got 65"),
+        ({"k": 96}, "shape: expected K a multiple of 64 and at most 16777216, got 96"),
+        ({"blocksize": 32}, "blocksize: expected a power of two from 64 to 4096, got 32"),
+        ({"shift": 1}, "x: expected a 16-byte aligned tensor"),
+        ({"workspace": 9}, "workspace: expected a multiple of 8 elements, got 9"),
+    ],
+)
+def test_mma_says_what_it_cannot_do(gpu, change, message):
+    options = {"dtype": torch.float16, "m": 2, "k": 64, "blocksize": 64, "shift": 0, "workspace": None} | change
+    m, k, shift = options["m"], options["k"], options["shift"]
+    *weight, blocksize, quant_type = to(gpu.device, weight_of(4, k, options["blocksize"])[0])
+    x = torch.zeros(m * k + shift, dtype=options["dtype"], device=gpu.device)[shift:].view(m, k)
+    workspace = None if options["workspace"] is None else torch.zeros(options["workspace"], device=gpu.device)
+    module, context = native(x)
+    with pytest.raises(ValueError, match=f"^linear_4bit_mma: {message}"):
+        module.linear_4bit_mma(x, *weight, None, x.new_empty((m, 4)), 4, k, blocksize, quant_type, workspace, context)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "blocksize", "dtype", "aligned", "capability", "way"),
+    [
+        (1, 4096, 4096, 64, torch.bfloat16, True, 80, "mma"),
+        (64, 4096, 4096, 64, torch.bfloat16, True, 80, "mma"),
+        (65, 4096, 4096, 64, torch.bfloat16, True, 80, "dequantize"),
+        (33, 4096, 4096, 64, torch.bfloat16, True, 90, "dequantize"),
+        (16, 4096, 4096, 64, torch.bfloat16, True, 103, "mma"),
+        (8, 256, 256, 64, torch.bfloat16, True, 80, "dequantize"),
+        (1, 4096, 4096, 64, torch.bfloat16, True, 75, "simt"),
+        (1, 4096, 4096, 64, torch.float16, True, 75, "mma"),
+        (1, 4096, 4096, 64, torch.float32, True, 90, "simt"),
+        (1, 4096, 4096, 32, torch.float16, True, 90, "simt"),
+        (1, 4096, 4096, 64, torch.float16, False, 90, "simt"),
+        (5, 4096, 4000, 64, torch.float16, True, 90, "dequantize"),
+        (0, 4096, 4096, 64, torch.float16, True, 90, "simt"),
+    ],
+)
+def test_choose(monkeypatch, m, n, k, blocksize, dtype, aligned, capability, way):
+    monkeypatch.delenv("PYQLORA_LINEAR_4BIT", raising=False)
+    choose = linear_4bit_cuda.choose.__wrapped__
+    assert choose(m, n, k, blocksize, dtype, aligned, capability) == way
+
+
+def test_choose_by_environment(monkeypatch):
+    choose = linear_4bit_cuda.choose.__wrapped__
+    shape = 1, 4096, 4096, 64, torch.float16, True, 90
+    for way in ("simt", "mma", "dequantize"):
+        monkeypatch.setenv("PYQLORA_LINEAR_4BIT", way)
+        assert choose(*shape) == way
+    monkeypatch.setenv("PYQLORA_LINEAR_4BIT", "mma")
+    assert choose(65, *shape[1:]) == "dequantize"
+    monkeypatch.setenv("PYQLORA_LINEAR_4BIT", "cublas")
+    with pytest.raises(ValueError, match="PYQLORA_LINEAR_4BIT: expected simt, mma or dequantize, got 'cublas'"):
+        choose(*shape)
+
+
+@pytest.mark.parametrize("m", [1, 70])
+def test_the_operator_uses_them(gpu, m):
+    weight, values = weight_of(40, 128, 64, nested=True)
+    x, bias = torch.randn(m, 128, dtype=torch.float16), torch.randn(40, dtype=torch.float16)
+    *constants, blocksize, quant_type = to(gpu.device, weight)
+    y = linear_4bit(x.to(gpu.device), *constants, blocksize, quant_type, [40, 128], bias.to(gpu.device))
+    torch.testing.assert_close(y.cpu().double(), x.double() @ values.T + bias.double(), rtol=1e-2, atol=2e-2)
 
 
 def test_no_rows(gpu):

@@ -13,6 +13,7 @@
 namespace pyqlora::cuda {
 
 inline uint32_t load_streaming(const uint32_t* p) { return __ldg(p); }
+inline uint2 load_streaming(const uint2* p) { return __ldg(p); }
 
 // Lane l's registers, as in the comment of the original. Sums in double and rounds once: hardware is less exact.
 struct MmaOperands {
