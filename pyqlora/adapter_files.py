@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import PARAMETER_DICTS, LoraLayer
+from pyqlora.trainable_tokens import TrainableTokensWrapper
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
@@ -75,7 +76,7 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
                     # PEFT writes DoRA's magnitudes without the ".weight" of the module that holds them.
                     stored = "" if kind == "lora_magnitude_vector" else f".{key}"
                     keys[f"{prefix}{kind}{stored}"] = f"{prefix}{kind}.{adapter_name}.{key}"
-        elif isinstance(module, ModulesToSaveWrapper):
+        elif isinstance(module, (ModulesToSaveWrapper, TrainableTokensWrapper)):
             keys.update({prefix + key: prefix + own for key, own in module.key_map(adapter_name).items()})
     return keys
 

@@ -191,6 +191,7 @@ UNSUPPORTED = {
     "use_bdlora": (None, "BD-LoRA"),
     "arrow_config": (None, "Arrow"),
     "kasa_config": (None, "KaSA"),
+    "target_parameters": (None, "adapters on expert parameters (target_parameters)"),
 }
 UNSUPPORTED_INITS = {"corda": "CorDA", "lora_ga": "LoRA-GA", "mica": "MiCA"}
 
@@ -220,7 +221,7 @@ class LoraConfig(PeftConfig):
         use_dora: weight-decomposed update (Liu et al. 2024, arXiv:2402.09353).
         layer_replication: [start, end) ranges of layers of which the adapted model is stacked, sharing base weights.
         lora_bias: give B a bias.
-        target_parameters: names of 3-D expert parameters to adapt.
+        target_parameters: expert parameters to adapt; not supported yet, and refused.
         ensure_weight_tying: adapt tied layers with one shared adapter.
     """
 
@@ -269,8 +270,10 @@ class LoraConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         for name, (inactive, method) in UNSUPPORTED.items():
-            if getattr(self, name) != inactive:
+            if getattr(self, name) not in (inactive, [], {}):
                 raise ValueError(f"LoraConfig({name}=…): pyqlora does not have {method}; leave {name} at {inactive}")
         if self.init_lora_weights in UNSUPPORTED_INITS:
             method = UNSUPPORTED_INITS[self.init_lora_weights]
@@ -281,8 +284,6 @@ class LoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        if isinstance(self.target_parameters, str):
-            raise TypeError("`target_parameters` must be a list of strings or None.")
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
         self._check_layer_selection()

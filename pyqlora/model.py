@@ -132,6 +132,10 @@ class PeftModel(nn.Module):
         """The config of each adapter by its name."""
         return self.base_model.peft_config
 
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters in use."""

@@ -12,6 +12,7 @@ from pyqlora import dense
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.model import PeftModel, count_parameters
+from pyqlora.trainable_tokens import TrainableTokensWrapper
 
 IRREGULAR = "irregular"  # the value for what differs between layers or parameters
 
@@ -56,7 +57,7 @@ def common(values: Iterable[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else IRREGULAR
 
 
-def _layer_status(name: str, module: LoraLayer | ModulesToSaveWrapper) -> TunerLayerStatus:
+def _layer_status(name: str, module: LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper) -> TunerLayerStatus:
     adapters = sorted(module.adapters())
     parameters = {adapter: module.adapter_parameters(adapter) for adapter in adapters}
     parameters = {adapter: held for adapter, held in parameters.items() if held}
@@ -81,7 +82,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         ValueError: there is none.
     """
     root = model.base_model if isinstance(model, PeftModel) else model
-    kinds = (LoraLayer, ModulesToSaveWrapper)
+    kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
     status = [_layer_status(name, module) for name, module in root.named_modules() if isinstance(module, kinds)]
     if not status:
         raise ValueError(

@@ -16,9 +16,12 @@ from pyqlora.config import LoraConfig, PeftConfig
 from pyqlora.inject import EXCLUDED, match, no_match_error, pattern_value, resolve_targets
 from pyqlora.layers import make_layer
 from pyqlora.lora_layer import BASE_ROW, LoraLayer, RowAdapters, row_adapters
+from pyqlora.replicate import replicate_layers
+from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.weighted import fill, weighted_config
 
-Adapted = LoraLayer | ModulesToSaveWrapper
+Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+Adapted = LoraLayer | Wrapper
 
 
 class LoraModel(nn.Module):
@@ -102,6 +105,10 @@ class LoraModel(nn.Module):
             raise ValueError(f"adapter name {adapter_name!r}: expected one without dots that torch does not use itself")
         config = self.peft_config[adapter_name]
         self._check_new_config(config)
+        if config.layer_replication:
+            if len(self.peft_config) > 1:
+                raise ValueError("Cannot add another LoRA adapter when layer replication is used in any of them")
+            replicate_layers(model, config.layer_replication)
         first = not any(True for _ in self.adapted())
         resolve_targets(config, model)
         targets = self._targets(config, model, state_dict)
@@ -115,6 +122,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names += [name for name, _ in targets if name not in self.targeted_module_names]
         active = adapter_name in self.active_adapters
         wrap_modules_to_save(model, config, adapter_name, active)
+        wrap_trainable_tokens(model, config, adapter_name, active)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._freeze_base()
         for parameter in trainable:
@@ -254,7 +262,7 @@ class LoraModel(nn.Module):
             layer.delete_adapter(adapter_name)
             active = layer.active_adapters if active is None else active
         for module in self.adapted():
-            if isinstance(module, ModulesToSaveWrapper):
+            if isinstance(module, Wrapper):
                 module.delete_adapter(adapter_name, active)
         self._active_adapters = list(active or [])
 

@@ -72,6 +72,7 @@ def test_runtime_config_is_not_read(tmp_path):
         ({"kasa_config": 1}, "KaSA"),
         ({"use_bdlora": 1}, "BD-LoRA"),
         ({"velora_config": 1}, "VeLoRA"),
+        ({"target_parameters": ["w1"]}, "adapters on expert parameters"),
         ({"monteclora_config": 1}, "Monte-Carlo"),
         ({"init_lora_weights": "mica"}, "MiCA"),
         ({"init_lora_weights": "corda"}, "CorDA"),
