@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> int:
 def one_line(error: Exception) -> str:
     """The message of an error, on one line and in words."""
     if hasattr(error, "format_message"):  # typer's usage errors
-        return f"{error.format_message()} (pyqlora finetune --help lists the options)"
+        return f"{error.format_message()} (--help lists the options)"
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
         where = getattr(error, "filename", None)
         return f"the disk is full{f' while writing {where}' if where else ''}; nothing was left half-written"

@@ -121,7 +121,9 @@ class RichScreen:
         files = "adapter_model.safetensors, adapter_config.json, tokenizer, log.jsonl, loss.png, config.yaml"
         self.say(f"{result.out}: {files}")
         self.say(f"{duration(result.seconds)} in all, {size(result.peak_bytes)} memory at most. Try it:")
-        self.command(f"pyqlora generate {shlex.quote(str(result.out))} {shlex.quote(probes.texts[0])}")
+        chat = result.shape in ("chat", "sharegpt", "alpaca")
+        prompt = '--chat "Who are you?"' if chat else shlex.quote(probes.texts[0].splitlines()[0][:SHOWN_CHARACTERS])
+        self.command(f"pyqlora generate {shlex.quote(str(result.out))} {prompt}")
 
 
 def shown(text: str) -> str:

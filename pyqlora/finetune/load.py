@@ -52,6 +52,21 @@ class Source:
         elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
             raise FileNotFoundError(f"{path}: no such model directory or .gguf file")
 
+    def context(self) -> int | None:
+        """The longest sequence the model was made for, in tokens, where its config says so."""
+        if self.gguf is not None:
+            from pyqlora.integrations.gguf import load_config
+
+            config = load_config(self.gguf)
+        else:
+            from transformers import AutoConfig
+
+            try:
+                config = AutoConfig.from_pretrained(self.model)
+            except Exception as error:
+                raise ValueError(f"{self.model}: the model's config cannot be loaded: {error}") from error
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
+
     def tokenizer(self) -> Any:
         """The tokenizer, with a padding token."""
         if self.gguf is not None:

@@ -22,8 +22,9 @@ COMFORTABLE = 0.7  # share of the free memory that a run may take before it reco
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by purpose."""
+    """Bytes by purpose: what the process holds with the model loaded, and what training adds."""
 
+    now: int
     model: int
     adapter: int
     activations: int
@@ -33,7 +34,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.model + self.adapter + self.activations
+        return self.now + self.adapter + self.activations
 
 
 def free_bytes(device: torch.device) -> int:
@@ -94,7 +95,7 @@ def estimate(model: Any, options: Options, batch_tokens: int, batch_trained: int
     config = model.config.get_text_config()
     weights, trained = tensor_bytes(model, trained=False), tensor_bytes(model, trained=True)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter = 2 * trained + count * STATE_BYTES[options.optim]
+    adapter = trained + count * STATE_BYTES[options.optim]
     hidden = getattr(config, "hidden_size", 0)
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     layers = getattr(config, "num_hidden_layers", 1)
@@ -105,4 +106,4 @@ def estimate(model: Any, options: Options, batch_tokens: int, batch_trained: int
     recompute = adapter + everything > COMFORTABLE * free
     if recompute:
         everything = batch_tokens * dtype.itemsize * hidden * layers + layer + logits
-    return Estimate(weights, adapter, everything, free, recompute)
+    return Estimate(used_bytes(device), weights, adapter, everything, free, recompute)

@@ -91,8 +91,9 @@ def make_plan(
         ("adapter", f"LoRA r={options.r} alpha={options.alpha} on {options.targets}: {trainable:,} trained parameters"),
         (
             "memory",
-            f"{size(estimate.total)} estimated ({size(estimate.model)} model, {size(estimate.adapter)} adapter and "
-            f"{options.optim}, {size(estimate.activations)} {how}); {size(estimate.free)} free",
+            f"{size(estimate.total)} estimated: {size(estimate.now)} in use ({size(estimate.model)} of it the model), "
+            f"{size(estimate.adapter)} gradients and {options.optim}, {size(estimate.activations)} {how}; "
+            f"{size(estimate.free)} free",
         ),
         ("data", f"{options.data}: {kept}"),
         ("split", f"{len(train)} samples to train, {tokens:,} tokens, {trained:,} trained; {len(held_out)} held out"),

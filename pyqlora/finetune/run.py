@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import shutil
 import signal
@@ -61,6 +62,7 @@ class Result:
     before: report.Score
     after: report.Score | None
     probes: report.Probes
+    shape: str
     demo: bool
     seconds: float
     peak_bytes: int
@@ -94,8 +96,12 @@ def finetune(options: Options, screen: Screen, resume: str | None = None) -> Res
     is_demo = options.data == demo.NAME
     shape, samples = demo.load() if is_demo else data.load(options.data)
     source = Source(options.model)
+    options.max_length = min(options.max_length, source.context() or options.max_length)
     tokenizer = source.tokenizer()
     encoding = encode(samples, tokenizer, options.max_length)
+    data_hash = fingerprint(encoding.samples)
+    if saved and saved["data"] != data_hash:
+        raise ValueError(f"{options.data} or the model's tokenizer has changed since {out} was interrupted")
     train, held_out = split(encoding.samples, options.val, options.seed)
     order = Order([len(s.ids) for s in train], options.batch_size, options.grad_accum, options.seed)
 
@@ -127,7 +133,7 @@ def finetune(options: Options, screen: Screen, resume: str | None = None) -> Res
     write_text(out / CONFIG_FILE, options.to_yaml())
 
     def save(done: int) -> None:
-        state = {"done": done, "steps": loop.steps, "before": dataclasses.asdict(before)}
+        state = {"data": data_hash, "done": done, "steps": loop.steps, "before": dataclasses.asdict(before)}
         checkpoint.save(out, model, optimizer, options, state)
 
     log = report.Log(out / "log.jsonl", saved["done"] if saved else 0)
@@ -143,7 +149,7 @@ def finetune(options: Options, screen: Screen, resume: str | None = None) -> Res
         report.plot(out / "loss.png", log.records, before.loss, after.loss)
         shutil.rmtree(out / checkpoint.DIRECTORY, ignore_errors=True)
     seconds = time.perf_counter() - start
-    return Result(out, loop.steps, done, before, after, probes, is_demo, seconds, peak_bytes(device))
+    return Result(out, loop.steps, done, before, after, probes, shape, is_demo, seconds, peak_bytes(device))
 
 
 def claim_out(given: str | None, default: str) -> Path:
@@ -186,6 +192,14 @@ def split(samples: list[Encoded], val: float, seed: int) -> tuple[list[Encoded],
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     held = set([i for i in order if times[tuple(samples[i].ids)] == 1][:count])
     return [s for i, s in enumerate(samples) if i not in held], [samples[i] for i in order if i in held]
+
+
+def fingerprint(samples: list[Encoded]) -> str:
+    """SHA-256 of all token ids and labels."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.ids, sample.labels)).encode())
+    return digest.hexdigest()
 
 
 def count_steps(options: Options, loop: Loop) -> int:

@@ -295,7 +295,7 @@ def load_tokenizer(file: GGUFFile) -> Any:
     Byte-level vocabularies with a known way of splitting are built from the header that is already read;
     the others are left to transformers, which reads the file once more.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import BPE
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -305,7 +305,10 @@ def load_tokenizer(file: GGUFFile) -> Any:
         return AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
+    whole_words = split == "llama-bpe"  # a word that is in the vocabulary is not merged from pieces
+    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=whole_words))
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     steps = [pre_tokenizers.Digits(individual_digits=True)] if split in SINGLE_DIGITS else []
     if SPLITS[split] is not None:
         steps.append(pre_tokenizers.Split(Regex(SPLITS[split]), "isolated"))
@@ -320,9 +323,13 @@ def load_tokenizer(file: GGUFFile) -> Any:
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")
         return None if index is None else tokens[index]
 
+    bos = special("bos")
+    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
+        ids = [(bos, tokens.index(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", ids)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=special("bos"),
+        bos_token=bos,
         eos_token=special("eos"),
         unk_token=special("unknown"),
         pad_token=special("padding") or special("eos"),

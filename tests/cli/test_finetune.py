@@ -132,6 +132,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, data, tmp_path, monkey
     assert not (tmp_path / "parts" / "checkpoint").exists()
 
 
+def test_changed_data_cannot_be_resumed(model, tmp_path, monkeypatch, capsys):
+    data = tiny_model.pairs(tmp_path / "pairs.jsonl")
+    monkeypatch.setattr(runs, "take_steps", lambda loop, done, log, screen, save: save(1) or 1)
+    assert finetune(model, data, "-o", tmp_path / "out", "--steps", 2, *FAST) == 130
+    tiny_model.pairs(data, 23)
+    assert "has changed since" in error_of(capsys, "--resume", tmp_path / "out")
+
+
 def test_minutes_become_steps_that_the_config_repeats(model, data, tmp_path):
     assert finetune(model, data, "-o", tmp_path / "out", "--minutes", 0.005, *FAST) == 0
     config = (tmp_path / "out" / "config.yaml").read_text()

@@ -8,9 +8,7 @@ from pyqlora.finetune.options import Options
 
 
 def test_a_model_without_linear_layers():
-    with pytest.raises(
-        ValueError, match="Embedding has no linear layers outside its output layer, so LoRA fits nowhere"
-    ):
+    with pytest.raises(ValueError, match="Embedding has no linear layers outside its output layer"):
         add_lora(torch.nn.Embedding(3, 4), Options())
 
 

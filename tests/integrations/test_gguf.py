@@ -143,6 +143,28 @@ def test_tokenizer_splits(tmp_path, split, pieces):
     assert load_tokenizer(file).tokenize(" 12") == pieces
 
 
+@pytest.mark.parametrize(("flag", "first"), [(True, 1), (False, None)])
+def test_tokenizer_adds_bos_where_the_file_says_so(tmp_path, flag, first):
+    file = GGUFFile(write(tmp_path / "t.gguf", change=lambda w: w.add_add_bos_token(flag)))
+    assert load_tokenizer(file)("7")["input_ids"][0] == (first or tiny_model.vocabulary().index("7"))
+
+
+def test_sentencepiece_tokenizer(tmp_path):
+    def change(writer):
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a", "b", "▁ab"]
+        for key in ("model", "pre", "tokens", "token_type", "merges"):
+            del writer.kv_data[0][f"tokenizer.ggml.{key}"]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(tokens)
+        writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * 5)
+        writer.add_token_scores([0.0] * 259 + [-4.0, -5.0, -1.0, -6.0, -2.0])
+
+    tokenizer = load_tokenizer(GGUFFile(write(tmp_path / "t.gguf", change=change)))
+    ids = tokenizer("ab ab", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁ab", "▁ab"]
+    assert tokenizer.decode(ids) == "ab ab"
+
+
 def test_llama3_frequency_factors(tmp_path):
     factors = np.array([1, 2, 4, 8, 8, 8, 8, 8], np.float32)
     file = GGUFFile(write(tmp_path / "t.gguf", change=lambda w: w.add_tensor("rope_freqs.weight", factors)))
