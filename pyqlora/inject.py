@@ -34,6 +34,7 @@ _TARGETS_AND_MODEL_TYPES = [
 DEFAULT_TARGETS = {name: targets for targets, names in _TARGETS_AND_MODEL_TYPES for name in names.split()}
 
 ALL_LINEAR = "all-linear"
+CONDENSE_FROM = 20  # this many target names are worth condensing, as in PEFT: matching is quicker, the file shorter
 CLASSIFIER_HEADS = ("score", "classifier")
 
 
@@ -128,6 +129,24 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> None:
         config.target_modules = targets if isinstance(targets, str) else set(targets)
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         config.target_modules = all_linear_names(config, model)
+    if isinstance(config.target_modules, set) and len(config.target_modules) >= CONDENSE_FROM:
+        others = [name for name, _ in model.named_modules() if name and not match(config, name)]
+        config.target_modules = minimal_targets(config.target_modules, others)
+
+
+def minimal_targets(targets: Iterable[str], others: Iterable[str]) -> set[str]:
+    """The shortest endings of the names in `targets` that no name in `others` has: few, where targets are many."""
+
+    def endings(name: str) -> list[str]:
+        parts = name.split(".")
+        return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+    taken = {ending for name in others for ending in endings(name)}
+    chosen: set[str] = set()
+    for name in sorted(targets, key=endings):
+        if not chosen & set(endings(name)):
+            chosen.add(next((ending for ending in endings(name) if ending not in taken), name))
+    return chosen
 
 
 def all_linear_names(config: LoraConfig, model: nn.Module) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -65,6 +66,16 @@ def inspect_matched_modules(tuner: LoraModel, adapter_name: str = "default") -> 
     return found
 
 
+def _find_minimal_target_modules(target_modules: Iterable[str], other_module_names: Iterable[str]) -> set[str]:
+    if isinstance(target_modules, str) or not target_modules:
+        raise ValueError("target_modules should be a list or set of strings.")
+    if "" in target_modules:
+        raise ValueError("target_modules should not contain an empty string.")
+    if common := set(target_modules) & set(other_module_names):
+        raise ValueError(f"target_modules and other_module_names contain common elements: {sorted(common)}")
+    return inject.minimal_targets(target_modules, other_module_names)
+
+
 def _maybe_include_all_linear_layers(peft_config: LoraConfig, model: nn.Module) -> LoraConfig:
     if isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == inject.ALL_LINEAR:
         peft_config.target_modules = inject.all_linear_names(peft_config, model)
@@ -106,6 +117,7 @@ def _filter_state_dict_by_key_prefixes(state_dict: dict[str, Any], prefixes: set
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules whose weight is the input embedding's."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base.model if isinstance(base, LoraModel) else base
     tied = getattr(base, "_tied_weights_keys", None)
     if not tied or getattr(getattr(base, "config", None), "tie_word_embeddings", None) is False:
         return []
