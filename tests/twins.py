@@ -1,3 +1,5 @@
+"""Equal parameters and gradients for optimizers that are compared."""
+
 import torch
 
 SHAPES = [(64, 128), (5, 7), (301, 77), (1,), (4096,)]
@@ -14,4 +16,4 @@ def set_gradients(seed, *lists):
     for twins in zip(*lists, strict=True):
         gradient = torch.randn(twins[0].shape, generator=generator) * 0.01
         for p in twins:
-            p.grad = gradient.to(p.dtype)
+            p.grad = gradient.to(p.dtype, copy=True)

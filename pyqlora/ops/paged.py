@@ -64,28 +64,38 @@ def paged_zeros(specs: Sequence[Spec], directory: str | os.PathLike | None = Non
                 f"paged states need {total / 1e6:.1f} MB in {path}, which has {free / 1e6:.1f} MB free: "
                 "name another directory with page_dir=... or PYQLORA_PAGE_DIR",
             ) from None
-        pages = torch.frombuffer(mmap.mmap(file.fileno(), total), dtype=torch.uint8)
-    tensors = []
-    for (shape, dtype), offset in zip(specs, offsets, strict=True):
-        size = math.prod(shape) * dtype.itemsize
-        tensors.append(pages[offset : offset + size].view(dtype).view(tuple(shape)))
-    return tensors
+        pages = mmap.mmap(file.fileno(), total)
+    # A storage each, so that torch.save takes them one by one; every one of them keeps the mapping alive.
+    return [
+        torch.frombuffer(pages, dtype=dtype, count=math.prod(shape), offset=offset).view(tuple(shape))
+        if math.prod(shape)
+        else torch.zeros(tuple(shape), dtype=dtype)
+        for (shape, dtype), offset in zip(specs, offsets, strict=True)
+    ]
 
 
 @lru_cache
 def _warn_if_ram(path: Path) -> None:
+    kind = _ram_disk(path)
+    if kind:
+        warnings.warn(
+            f"paged optimizer states in {path}, which is a {kind}, that is RAM: "
+            "name a directory on a disk with page_dir=... or PYQLORA_PAGE_DIR",
+            stacklevel=3,
+        )
+
+
+def _ram_disk(path: Path) -> str | None:
+    """tmpfs or ramfs where the path lies on one, else None."""
     device = path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
-        return
+        return None
     for mount in mounts:  # ID parent major:minor root mount-point options - type source options
-        fields, _, kind = mount.partition(" - ")
-        if fields.split()[2] == number and kind.split()[0] in ("tmpfs", "ramfs"):
-            warnings.warn(
-                f"paged optimizer states in {path}, which is a {kind.split()[0]}, that is RAM: "
-                "name a directory on a disk with page_dir=... or PYQLORA_PAGE_DIR",
-                stacklevel=4,
-            )
-            return
+        fields, _, source = mount.partition(" - ")
+        kind = source.split()[0]
+        if fields.split()[2] == number and kind in ("tmpfs", "ramfs"):
+            return kind
+    return None

@@ -97,7 +97,9 @@ def from_checkpoint(saved: dict[str, Any], rule: str) -> dict[str, Any]:
         if ours not in state and state.get(theirs) is not None:
             state[ours] = state[theirs]
     if "state1" not in state:
-        raise ValueError(f"load_state_dict: expected the state of a {rule} optimizer, got {sorted(saved)}")
+        raise ValueError(
+            f"load_state_dict: expected the state of an optimizer with the rule {rule}, got {sorted(saved)}"
+        )
     for key in ("qmap1", "qmap2"):
         if key in state and not torch.equal(state[key].cpu(), create_dynamic_map(signed=key == "qmap1")):
             raise ValueError(f"load_state_dict: {key}: expected the dynamic map of create_dynamic_map, got another")
