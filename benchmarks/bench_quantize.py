@@ -65,9 +65,7 @@ def _cases(shape: tuple[int, int], label: str, dtype: torch.dtype) -> Iterator[C
             kept[who].append(run())
             del kept[who][:-6]
 
-        fresh = {
-            who: run for who, run in (("pyqlora", runs["dequantize"]), ("bitsandbytes", peer_runs["bitsandbytes"]))
-        }
+        fresh = {"pyqlora": runs["dequantize"], "bitsandbytes": peer_runs["bitsandbytes"]}
         yield Case(
             f"dequantize, every result kept, {name}",
             {who: lambda who=who, run=run: keep(who, run) for who, run in fresh.items()},

@@ -10,7 +10,6 @@ import pytest
 
 from pyqlora import _C
 
-
 # The extension alone, without the seconds that importing torch takes.
 CODE = f"""
 from importlib.util import module_from_spec, spec_from_file_location
