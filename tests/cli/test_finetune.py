@@ -17,7 +17,7 @@ import tiny_model
 from safetensors.torch import load_file
 
 from pyqlora.cli.app import run
-from pyqlora.finetune import files
+from pyqlora.finetune import files, memory
 from pyqlora.finetune import run as runs
 
 FAST = ["--batch-size", "2", "--grad-accum", "2", "--val", "4", "--r", "4", "--lr", "1e-2", "--max-length", "64"]
@@ -145,6 +145,13 @@ def test_minutes_become_steps_that_the_config_repeats(model, data, tmp_path):
     config = (tmp_path / "out" / "config.yaml").read_text()
     assert f"steps: {len(steps(tmp_path / 'out'))}\n" in config
     assert "minutes:" not in config
+
+
+def test_recomputing_activations_changes_no_loss(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "COMFORTABLE", 0)
+    assert finetune("--config", whole / "config.yaml", "-o", tmp_path / "out") == 0
+    assert "recomputing activations" in capsys.readouterr().out
+    assert [r["loss"] for r in steps(tmp_path / "out")] == pytest.approx([r["loss"] for r in steps(whole)], rel=1e-4)
 
 
 def test_epochs(model, data, tmp_path):
