@@ -28,7 +28,7 @@ struct Tiles {
     static constexpr int row_warps = kTokenTiles, k_warps = kWarps / row_warps;
     static constexpr int rows = 16 * row_tiles * row_warps, tokens = 8 * kTokenTiles;
     static constexpr int stride = rows + 4;  // of a token in shared memory: two tokens are 8 banks apart
-    static constexpr int blocks_per_multiprocessor = kTokenTiles <= 4 ? 2 : 1;  // 128 or 255 registers a thread
+    static constexpr int blocks_per_multiprocessor = kTokenTiles <= 2 ? 2 : 1;  // 128 or 255 registers a thread
     // The pairs and the 256 values of 8-bit scales; afterwards the warps' sums.
     static constexpr int table_words = kPairWords + 256, sum_words = k_warps * tokens * stride;
     static constexpr int shared_words = table_words > sum_words ? table_words : sum_words;
@@ -55,6 +55,12 @@ __device__ __forceinline__ void fill_pairs(uint32_t* pairs, const Table16& table
         const uint32_t value = pair<T>(table.at[(byte + first) / 16], low);
         *reinterpret_cast<uint4*>(pairs + (byte + first) * 32 + lanes) = {value, value, value, value};
     }
+}
+
+// Of byte `byte` of the word, in two operations and a load: a row of the table is 128 bytes.
+__device__ __forceinline__ uint32_t pair_of(const uint32_t* pairs, uint32_t word, int byte, int lane) {
+    const uint32_t at = (byte ? word >> (8 * byte - 7) : word << 7) & 255 << 7 | lane * 4;
+    return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(pairs) + at);
 }
 
 // Row `row` of an output, columns `column` .. `column` + 7 as far as there are n.
@@ -93,25 +99,25 @@ __global__ void __launch_bounds__(kThreads, Tiles<kTokenTiles>::blocks_per_multi
     const int steps = k / kStep, groups = (steps + kGroup - 1) / kGroup, slices = splits * Tile::k_warps;
     int group = split * Tile::k_warps + k_warp;
 
-    // Where a lane's rows of W and x begin, in units of its loads (8 bytes from block_row on, 16 bytes): 32 bits spare
-    // registers. Beyond the last row, that row again: its results are dropped.
-    const uint2* const weights = reinterpret_cast<const uint2*>(packed + block_row * k / 2);
+    // Where a lane's rows of W and x begin, in its loads of 8 and 16 bytes: as 32 bits, to spare registers. Beyond the
+    // last row it takes that row again, and its results are dropped.
+    const uint2* const weights = reinterpret_cast<const uint2*>(packed + block_row * k / 2) + t;
+    const uint4* const inputs = reinterpret_cast<const uint4*>(x) + t * 2;
+    const int last_row = min(n - 1 - block_row, int64_t{Tile::rows - 1}), row_pitch = k / 16, token_pitch = k / 8;
     uint32_t weight_row[kRows], token_row[kTokenTiles];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-        const int row = row_warp * 16 * Tile::row_tiles + 8 * i + g;
-        weight_row[i] = min(static_cast<int64_t>(row), n - 1 - block_row) * (k / 16);
-    }
+    for (int i = 0; i < kRows; ++i)
+        weight_row[i] = min(row_warp * 16 * Tile::row_tiles + 8 * i + g, last_row) * row_pitch;
 #pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) token_row[i] = min(8 * i + g, m - 1) * (k / 8) + t * 2;
+    for (int i = 0; i < kTokenTiles; ++i) token_row[i] = min(8 * i + g, m - 1) * token_pitch;
 
     uint2 codes[kGroup][kRows];
     DeviceScales::Stored stored[kRows];
     auto load_codes = [&](int of_group, int s) {
-        const int step = of_group * kGroup + s;
-        if (step >= steps) return;
+        if (of_group * kGroup + s >= steps) return;
+        const uint2* const from = weights + of_group * int64_t{kGroup * kStep / 16};
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) codes[s][i] = load_streaming(weights + (weight_row[i] + (step * 4 + t)));
+        for (int i = 0; i < kRows; ++i) codes[s][i] = load_streaming(from + weight_row[i] + s * (kStep / 16));
     };
     auto load_scales = [&](int of_group) {  // of step t of the group
         if (of_group >= groups) return;
@@ -142,10 +148,9 @@ __global__ void __launch_bounds__(kThreads, Tiles<kTokenTiles>::blocks_per_multi
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-                for (int byte = 0; byte < 8; ++byte) {
-                    const uint32_t code = (byte < 4 ? codes[s][i].x : codes[s][i].y) >> 8 * (byte % 4) & 255;
-                    a[i / 2][byte / 2][i % 2 + byte % 2 * 2] = pairs[code * 32 + lane];
-                }
+                for (int byte = 0; byte < 8; ++byte)
+                    a[i / 2][byte / 2][i % 2 + byte % 2 * 2] =
+                        pair_of(pairs, byte < 4 ? codes[s][i].x : codes[s][i].y, byte % 4, lane);
             }
             load_codes(group + slices, s);
             float step_scale[kRows];
@@ -153,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, Tiles<kTokenTiles>::blocks_per_multi
             for (int i = 0; i < kRows; ++i) step_scale[i] = __shfl_sync(kAllLanes, scale[i], lane - t + s);
 #pragma unroll
             for (int token = 0; token < kTokenTiles; ++token) {
-                const uint4* from = reinterpret_cast<const uint4*>(x) + (token_row[token] + step * (kStep / 8));
+                const uint4* const from =
+                    inputs + group * int64_t{kGroup * kStep / 8} + token_row[token] + s * (kStep / 8);
                 const uint4 low = __ldg(from), high = __ldg(from + 1);
                 const uint32_t b[4][2] = {{low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
 #pragma unroll
