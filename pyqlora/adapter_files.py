@@ -274,7 +274,7 @@ def load_peft_weights(
     for key, value in weights.items():
         key = key.removeprefix(PREFIX)
         for pattern, replacement in key_mapping.items():
-            changed, count = re.subn(pattern.lstrip("^"), re.sub(r"\(.*\)", "", replacement.lstrip("^")), key)
+            changed, count = re.subn(pattern, re.sub(r"\(.*\)", "", replacement.lstrip("^")), key)
             if count:
                 key = changed
                 break

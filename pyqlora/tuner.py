@@ -20,6 +20,7 @@ from pyqlora.replicate import replicate_layers
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.weighted import fill, weighted_config
 
+COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Adapted = LoraLayer | Wrapper
 
@@ -103,6 +104,12 @@ class LoraModel(nn.Module):
         """
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"adapter name {adapter_name!r}: expected one without dots that torch does not use itself")
+        if adapter_name in self.prefix:
+            warnings.warn(
+                f"Adapter name '{adapter_name}' should not be contained in the prefix '{self.prefix}'. Other programs "
+                "tell an adapter's keys by that prefix and may not find them.",
+                stacklevel=4,
+            )
         config = self.peft_config[adapter_name]
         self._check_new_config(config)
         if config.layer_replication:
@@ -139,20 +146,24 @@ class LoraModel(nn.Module):
         self, config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
     ) -> list[tuple[str, nn.Module]]:
         """(name, module) of what to adapt, not looking inside layers that are adapted already."""
-        stored = None if state_dict is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+        stored = None
+        if state_dict is not None:
+            stored = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(COMPILED) for key in state_dict}
         targets, inside, excluded, missed = [], (), False, False
         for name, module in model.named_modules():
             if not name or (inside and name.startswith(inside)):
                 continue
             if isinstance(module, Adapted):
                 inside += (f"{name}.",)
-            chosen = match(config, name) if stored is None else name in stored
+            chosen = match(config, name) if stored is None else name.removeprefix(COMPILED) in stored
             if chosen:
                 targets.append((name, module))
             excluded |= chosen is EXCLUDED
             missed |= not chosen and chosen is not EXCLUDED
         if not targets:
             raise no_match_error(config, model, excluded, missed)
+        if stored is not None:
+            self._warn_about_difference(config, model, {name for name, _ in targets})
         if config.exclude_modules and not excluded and stored is None:
             warnings.warn(
                 f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
@@ -160,6 +171,25 @@ class LoraModel(nn.Module):
                 stacklevel=5,
             )
         return targets
+
+    def _warn_about_difference(self, config: LoraConfig, model: nn.Module, stored: set[str]) -> None:
+        """Say where the layers of a state dict are not those that the config selects."""
+        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+        names = [name for name, _ in model.named_modules() if name and not name.startswith(layers)]
+        configured = {name for name in names if match(config, name)}
+        text = ""
+        if more := sorted(configured - stored):
+            text += f"The PEFT config contained these additional target modules: {more}. "
+        if more := sorted(stored - configured):
+            text += f"The state_dict contained these additional target modules: {more}. "
+        if text:
+            warnings.warn(
+                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+                "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+                + text,
+                RuntimeWarning,
+                stacklevel=6,
+            )
 
     def _adapt(
         self,

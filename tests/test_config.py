@@ -68,7 +68,7 @@ def test_runtime_config_is_not_read(tmp_path):
         ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'"),
         ({"bias": "some"}, "bias='some': expected"),
         ({"alora_invocation_tokens": [1]}, "does not have Activated LoRA"),
-        ({"arrow_config": {}}, "does not have Arrow"),
+        ({"arrow_config": {"top_k": 1}}, "does not have Arrow"),
         ({"kasa_config": 1}, "KaSA"),
         ({"use_bdlora": 1}, "BD-LoRA"),
         ({"velora_config": 1}, "VeLoRA"),

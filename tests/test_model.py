@@ -17,7 +17,10 @@ from pyqlora import (
     PeftModelForCausalLM,
     dense,
     get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
     prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
 )
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -224,6 +227,23 @@ def test_deleting_a_merged_adapter_is_refused():
 def test_adapter_names_that_torch_cannot_hold(name):
     with pytest.raises(ValueError, match=f"adapter name '{name}'"):
         adapted().add_adapter(name, config())
+
+
+def test_a_name_like_the_prefix_is_warned_about():
+    with pytest.warns(UserWarning, match="'lora' should not be contained in the prefix 'lora_'"):
+        get_peft_model(tiny.mlp(), config(), adapter_name="lora")
+
+
+def test_injection_by_state_dict():
+    weights = get_peft_model_state_dict(adapted())
+    keys = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+    model = inject_adapter_in_model(config(), tiny.mlp(), state_dict=keys)
+    assert set_peft_model_state_dict(model, weights).missing_keys == []
+    assert torch.equal(model(x()), adapted()(x()))
+    with pytest.warns(
+        RuntimeWarning, match=r"additional target modules: \['head'\].*additional target modules: \['down'\]"
+    ):
+        inject_adapter_in_model(config(target_modules=["up", "head"]), tiny.mlp(), state_dict=keys)
 
 
 def test_failed_addition_leaves_no_trace():
