@@ -12,6 +12,7 @@ from pyqlora.auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from pyqlora.base_weights import get_base_model_state_dict, set_base_model_state_dict
 from pyqlora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
 from pyqlora.kbit import prepare_model_for_kbit_training
 from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
@@ -58,6 +59,7 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
@@ -67,6 +69,7 @@ __all__ = [
     "matmul_4bit",
     "prepare_model_for_kbit_training",
     "replace_linear_with_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pyqlora.adapter_files import (
 )
 from pyqlora.config import PeftConfig
 from pyqlora.integrations import adopt
+from pyqlora.model_card import write_model_card
 from pyqlora.tuner import LoraModel
 
 
@@ -342,6 +344,24 @@ class PeftModel(nn.Module):
             os.makedirs(directory, exist_ok=True)
             save_adapter(weights, directory)
             self._save_config(self.peft_config[name], directory)
+            write_model_card(self, self.peft_config[name], directory)
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
+        """Save the adapters into a repository on the hub, which is made if missing; returns the commit's address.
+
+        Args:
+            repo_id: its name.
+            private: make a new repository a private one.
+            token: of the hub; default the one stored on this machine.
+            kwargs: for huggingface_hub's upload_folder: commit_message, revision, create_pr, …
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs))
 
     def _save_config(self, config: PeftConfig, directory: str) -> None:
         base = self.get_base_model()

@@ -34,7 +34,8 @@ def edit(path, change):
 def test_keys_have_no_adapter_name(tmp_path):
     made = model(modules_to_save=["head"], use_dora=True)
     made.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
     prefix = "base_model.model."
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
         f"{prefix}up.lora_A.weight",
@@ -100,6 +101,7 @@ def test_a_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):
     made = model()
     made.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    files = sorted(tmp_path.iterdir())
 
     def full(weights, path, metadata):
         Path(path).write_bytes(b"half")
@@ -110,7 +112,7 @@ def test_a_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         made.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_pickles_are_neither_written_nor_read(tmp_path):

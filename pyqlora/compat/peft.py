@@ -6,10 +6,12 @@ import importlib.metadata
 import re
 
 from pyqlora import inject
+from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.compat import peft_internals
 from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
+from pyqlora.trainable_tokens import TrainableTokensWrapper
 from pyqlora.tuner import LoraModel
 
 NAME = "peft"
@@ -67,12 +69,15 @@ _CONSTANTS = {
 }
 _BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": UserWarning}
 
-# Methods that programs call on PEFT's tuners; LoraModel has them while the stand-in is installed.
+# What programs call on PEFT's classes beside their public methods; ours have it while the stand-in is installed.
 METHODS = {
+    LoraLayer: {"_all_available_adapter_names": lambda layer: sorted(layer.adapters())},
+    ModulesToSaveWrapper: {"_adapters": property(ModulesToSaveWrapper.adapters), "adapter_layer_names": ()},
+    TrainableTokensWrapper: {"_adapters": property(TrainableTokensWrapper.adapters), "adapter_layer_names": ()},
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),
-    }
+    },
 }
 
 
@@ -100,7 +105,10 @@ _INNER = (
     _BASES,
     _MAPPINGS,
 )  # its functions before the core's of that name
-_CORE = ("pyqlora", "pyqlora.config", "pyqlora.inject", "pyqlora.auxiliary", "pyqlora.layers", "pyqlora.lora_layer")
+_CORE = (
+    *("pyqlora", "pyqlora.config", "pyqlora.inject", "pyqlora.layers", "pyqlora.lora_layer"),
+    *("pyqlora.auxiliary", "pyqlora.trainable_tokens"),
+)
 _ALL = (*_INNER, *_CORE, _REFUSED)
 
 _PATHS = (

@@ -15,6 +15,7 @@ from pyqlora.config import LoraConfig
 from pyqlora.dense import is_4bit
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.model import PeftModel
+from pyqlora.trainable_tokens import TrainableTokensWrapper
 from pyqlora.tuner import LoraModel
 
 
@@ -23,6 +24,7 @@ class AuxiliaryTrainingWrapper(abc.ABC):  # noqa: B024 - for isinstance only
 
 
 AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
+AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)
 
 
 def prepare_model_for_kbit_training(
