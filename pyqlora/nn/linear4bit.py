@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from pyqlora.nn.module4bit import Module4bit
 from pyqlora.nn.params4bit import Params4bit
 from pyqlora.ops.linear_4bit import linear_4bit
-from pyqlora.quant import PACKED_KEY, packed_bytes
+from pyqlora.quant import packed_bytes
 
 
-class Linear4bit(torch.nn.Linear):
+class Linear4bit(Module4bit, torch.nn.Linear):
     """`torch.nn.Linear` with a weight of 4 bits per element, quantized when the layer is moved to a device.
 
     Load float weights, then move: `layer.load_state_dict(float_state); layer.to("cpu")`. A state_dict with quantized
@@ -49,8 +48,12 @@ class Linear4bit(torch.nn.Linear):
             module=self,
         )
         self.compute_dtype = compute_dtype
-        self.quant_storage = quant_storage
-        self.quant_state = None
+
+    @property
+    def quant_storage(self) -> torch.dtype:
+        """The dtype whose memory holds the packed bytes."""
+        weight = self._parameters["weight"]
+        return getattr(weight, "quant_storage", weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x [..., K], in x's dtype.
@@ -58,19 +61,14 @@ class Linear4bit(torch.nn.Linear):
         Raises:
             ValueError: the weight is not quantized yet.
         """
-        weight = self._parameters["weight"]
-        state = getattr(weight, "quant_state", None) or self.quant_state  # FSDP leaves a plain parameter: ours then
-        if state is None:
-            raise ValueError(
-                f"{type(self).__name__} is not quantized yet: move it to a device first, e.g. layer.to('cpu')"
-            )
+        state = self._state()
         dtype = x.dtype
         if self.compute_dtype is not None and dtype != self.compute_dtype:
             x = x.to(self.compute_dtype)
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit's would cost a microsecond for every attribute
             y = linear_4bit(
                 x,
-                packed_bytes(weight),
+                packed_bytes(self._parameters["weight"]),
                 *state.scales(),
                 state.blocksize,
                 state.quant_type,
@@ -78,25 +76,6 @@ class Linear4bit(torch.nn.Linear):
                 self._parameters["bias"],
             )
         return y if y.dtype == dtype else y.to(dtype)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = getattr(self.weight, "quant_state", None) or self.quant_state
-        if state is not None:
-            for key, value in state.as_dict(packed=True).items():
-                destination[f"{prefix}weight.{key}"] = value
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        start = f"{prefix}weight."
-        entries = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
-        if any(key.startswith(PACKED_KEY) for key in entries):
-            packed = state_dict[f"{prefix}weight"]
-            device = packed.device if self.weight.device.type == "meta" else self.weight.device
-            self.weight = Params4bit.from_prequantized(packed, entries, device=device, module=self)
-            self.quant_storage = packed.dtype
-            state_dict = {key: value for key, value in state_dict.items() if not key.startswith(start)}
-            state_dict[f"{prefix}weight"] = self.weight
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LinearFP4(Linear4bit):

@@ -1,63 +1,55 @@
-"""4-bit weights on any module: a parameter stored packed that reads as its decoded values, through torch's parametrize.
+"""4-bit weights in any module, without changing it: a parameter becomes packed data that is decoded when it is read.
 
-For weights that are no linear layer's, such as the 3-D expert tensors of mixture-of-experts models.
+For weights outside of linear layers, the 3-D expert tensors of mixture-of-experts models among them.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from pyqlora import quant
+from pyqlora.quant import QuantState, dequantize_4bit, quantize_4bit
 
 
 class Bnb4bitParametrization(nn.Module):
-    """Decodes a packed parameter when it is read; the values carry no gradient.
+    """Decodes a packed parameter to the shape and dtype of its `quant_state`."""
 
-    Args:
-        quant_state: what decodes it.
-    """
-
-    def __init__(self, quant_state: quant.QuantState):
+    def __init__(self, quant_state: QuantState):
         super().__init__()
         self.quant_state = quant_state
 
     @torch.no_grad()
     def forward(self, quantized_param: Tensor) -> Tensor:
-        """The decoded parameter, in the shape and dtype it had."""
-        return quant.dequantize_4bit(quantized_param, self.quant_state)
+        """The dequantized parameter."""
+        return dequantize_4bit(quantized_param, self.quant_state)
 
 
 def replace_parameter_4bit(
     module: nn.Module,
     param_name: str,
     compress_statistics: bool = False,
-    quant_type: str = "nf4",
+    quant_type: Literal["nf4", "fp4"] = "nf4",
     blocksize: int | None = None,
 ) -> None:
-    """Quantize `module.<param_name>` in place; from then on the attribute is its decoded values, without a gradient.
-
-    Its state_dict entries are those of a 4-bit layer. Within a forward pass of the module it is decoded once.
+    """Quantize one parameter of any shape; reading it decodes it, at most once during the module's forward.
 
     Args:
-        module: the module.
-        param_name: name of the parameter, of any shape.
+        module: the module that owns the parameter.
+        param_name: its name there.
         compress_statistics: quantize the block scales too.
         quant_type: "nf4" or "fp4".
-        blocksize: elements per scale: 32, 64 (the default), 128 … 4096.
+        blocksize: elements per scale; 64 if not given.
 
     Raises:
-        AttributeError: the module has no such attribute.
-        TypeError: the attribute is not a parameter.
+        AttributeError: the module has no attribute of that name.
+        TypeError: it is not a parameter.
     """
-    values = _parameter(module, param_name).data
-    packed, state = quant.quantize_4bit(
-        values, 64 if blocksize is None else blocksize, quant_type, compress_statistics, torch.uint8
-    )
+    param = _parameter(module, param_name)
+    packed, state = quantize_4bit(param.data, blocksize or 64, quant_type, compress_statistics)
     setattr(module, param_name, nn.Parameter(packed, requires_grad=False))
     _parametrize(module, param_name, state)
 
@@ -65,51 +57,51 @@ def replace_parameter_4bit(
 def replace_parameter_4bit_prequantized(
     module: nn.Module, param_name: str, qs_dict: dict[str, Any], device: torch.device
 ) -> None:
-    """As `replace_parameter_4bit` for a parameter that is packed already, `qs_dict` being its checkpoint's entries."""
+    """As `replace_parameter_4bit`, for a parameter that holds packed data already; `qs_dict` as a checkpoint has it."""
     _parameter(module, param_name)
-    _parametrize(module, param_name, quant.QuantState.from_dict(qs_dict, device))
+    _parametrize(module, param_name, QuantState.from_dict(qs_dict, device))
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:
     if not hasattr(module, name):
         raise AttributeError(f"Module does not have parameter '{name}'")
-    parameter = getattr(module, name)
-    if not isinstance(parameter, nn.Parameter):
+    param = getattr(module, name)
+    if not isinstance(param, nn.Parameter):
         raise TypeError(f"Parameter '{name}' is not an instance of nn.Parameter")
-    return parameter
+    return param
 
 
-def _parametrize(module: nn.Module, name: str, state: quant.QuantState) -> None:
-    parametrize.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
-    _register_parametrization_hooks(module, name)
-
-
-def _register_parametrization_hooks(module: nn.Module, param_name: str) -> None:
-    """Clean names in the state_dict, and one decoding per forward pass however often the parameter is read."""
-    module._register_state_dict_hook(partial(_rename_in_state_dict, param_name=param_name))  # public since torch 2.5
+def _parametrize(module: nn.Module, name: str, state: QuantState) -> None:
+    P.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    module.register_state_dict_post_hook(partial(_parametrized_state_dict_post_hook, param_name=name))
+    # always_call: checkpointing ends a recomputed forward by an exception, after which the cache must close too
     module.register_forward_pre_hook(_enable_parametrization_cache)
-    # Also when forward raises, as it does where checkpointing stops a recomputation early: else the cache stays on
-    # and every decoded weight in it alive.
     module.register_forward_hook(_disable_parametrization_cache, always_call=True)
 
 
 def _enable_parametrization_cache(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    parametrize._cache_enabled += 1
+    P._cache_enabled += 1
 
 
 def _disable_parametrization_cache(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    parametrize._cache_enabled = max(0, parametrize._cache_enabled - 1)  # a pre-hook before ours may have raised
-    if not parametrize._cache_enabled:
-        parametrize._cache = {}
+    P._cache_enabled = max(0, P._cache_enabled - 1)
+    if not P._cache_enabled:
+        P._cache = {}
 
 
-def _rename_in_state_dict(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *, param_name: str
+def _parametrized_state_dict_post_hook(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: Any,
+    *,
+    param_name: str = "weight",
+    **kwargs: Any,
 ) -> None:
-    stored = f"{prefix}parametrizations.{param_name}.original"
-    if stored not in state_dict:
-        return
-    state_dict[f"{prefix}{param_name}"] = state_dict.pop(stored)
-    decode = next(p for p in module.parametrizations[param_name] if isinstance(p, Bnb4bitParametrization))
-    for key, value in decode.quant_state.as_dict(packed=True).items():
-        state_dict[f"{prefix}{param_name}.{key}"] = value
+    """Save the packed data under the parameter's own name, with its quantization state beside it."""
+    original = f"{prefix}parametrizations.{param_name}.original"
+    if original in state_dict:
+        state_dict[f"{prefix}{param_name}"] = state_dict.pop(original)
+        (decoder,) = (p for p in module.parametrizations[param_name] if isinstance(p, Bnb4bitParametrization))
+        for key, value in decoder.quant_state.as_dict(packed=True).items():
+            state_dict[f"{prefix}{param_name}.{key}"] = value
