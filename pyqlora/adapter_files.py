@@ -22,6 +22,7 @@ from pyqlora.trainable_tokens import TrainableTokensWrapper
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_WEIGHTS_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
+FSDP = "_fsdp_wrapped_module."  # in the names of modules that FSDP wraps, but not in their keys of the state dict
 EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 
 
@@ -63,7 +64,7 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     """Key in the file -> key in the model's state dict, for each parameter of the adapter."""
     keys = {}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
+        prefix = f"{path}.".replace(FSDP, "") if path else ""
         if isinstance(module, LoraLayer):
             for kind in PARAMETER_DICTS:
                 held = getattr(module, kind)
@@ -118,7 +119,7 @@ def _bias_keys(model: nn.Module, config: LoraConfig, state: dict[str, Tensor]) -
     if config.bias == "all":
         return [key for key in state if key == "bias" or (key.endswith(".bias") and ".lora_B." not in key)]
     if config.bias == "lora_only":
-        paths = [path for path, module in model.named_modules() if isinstance(module, LoraLayer)]
+        paths = [path.replace(FSDP, "") for path, module in model.named_modules() if isinstance(module, LoraLayer)]
         return [key for key in (f"{path}.base_layer.bias" for path in paths) if key in state]
     return []
 

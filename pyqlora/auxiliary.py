@@ -94,7 +94,8 @@ class ModulesToSaveWrapper(nn.Module):
         rows: list[Any] = [None] * len(names)
         for name in dict.fromkeys(names):
             indices = [i for i, other in enumerate(names) if other == name]
-            module = self.original_module if name == BASE_ROW else self.modules_to_save[name]
+            own = name != BASE_ROW and name in self.modules_to_save
+            module = self.modules_to_save[name] if own else self.original_module
             for i, row in zip(indices, module(x[indices], *args, **kwargs), strict=True):
                 rows[i] = row
         return torch.stack(rows)
@@ -141,7 +142,7 @@ class ModulesToSaveWrapper(nn.Module):
             return {}
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
 
-    def unloaded(self, merge: bool) -> nn.Module:
+    def unloaded(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         """The module to leave in the model: the active copy, or the original one when not merging."""
         return self.modules_to_save[self._active_adapter] if merge and self._active_adapter else self.original_module
 

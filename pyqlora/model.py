@@ -363,6 +363,16 @@ class PeftModel(nn.Module):
             self.save_pretrained(directory)
             return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs))
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> Any:
+        """Save and upload to a repository on the hub, made if missing; huggingface_hub must be installed."""
+        import huggingface_hub
+
+        api = huggingface_hub.HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **kwargs)
+
     def _save_config(self, config: PeftConfig, directory: str) -> None:
         base = self.get_base_model()
         if config.base_model_name_or_path is None:

@@ -180,10 +180,11 @@ class TrainableTokensWrapper(nn.Module):
         owned = adapter_name in self.adapters() and not self.token_adapter.tied
         return {key: f"{key}.{adapter_name}"} if owned else {}
 
-    def unloaded(self, merge: bool) -> nn.Module:
-        """The wrapped layer, with the active rows in it if merging."""
+    def unloaded(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
+        """The wrapped layer; if merging, with the rows of these adapters (default: the active ones) in it."""
         if merge:
-            self.token_adapter.write(self._active_adapters)
+            names = self._active_adapters if adapter_names is None else adapter_names
+            self.token_adapter.write(name for name in names if name in self.adapters())
         return self.original_module
 
 

@@ -422,7 +422,7 @@ class LoraModel(nn.Module):
                     module.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
                 left = module.get_base_layer()
             else:
-                left = module.unloaded(merge)
+                left = module.unloaded(merge, adapter_names)
             parent_name, _, child_name = name.rpartition(".")
             setattr(self.model.get_submodule(parent_name), child_name, left)
         if merge and not requantize:
