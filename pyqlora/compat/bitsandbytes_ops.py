@@ -72,8 +72,9 @@ def _dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: in
 
 
 def _into_out(op):
-    def run(*args: object, out: Tensor) -> None:
-        out.copy_(op(*args))
+    def run(*args) -> None:
+        *inputs, out = args
+        out.copy_(op(*inputs))
 
     return run
 

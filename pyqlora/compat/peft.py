@@ -77,6 +77,7 @@ METHODS = {
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),
+        "supports_lora_conversion": lambda model, adapter_name="default": False,
     },
 }
 
