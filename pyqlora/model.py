@@ -61,6 +61,7 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
+        self._gradient_checked = False
         self._add_saved_modules(peft_config)
         self.base_model = LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
         self.config = getattr(model, "config", {"model_type": "custom"})
@@ -96,7 +97,25 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's forward; with `adapter_names`, every row of the batch with its own adapter."""
         with self.base_model.rows(adapter_names):
-            return self.get_base_model()(*args, **kwargs)
+            output = self.get_base_model()(*args, **kwargs)
+        if self.training and not self._gradient_checked and torch.is_grad_enabled():
+            self._gradient_checked = True
+            self._check_gradient(output)
+        return output
+
+    def _check_gradient(self, output: Any) -> None:
+        """Warn if adapters are to be trained but the output does not depend on anything trainable."""
+        values = (
+            output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
+        )
+        tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        if tensors and not any(t.requires_grad for t in tensors) and any(p.requires_grad for p in self.parameters()):
+            warnings.warn(
+                "No gradient will reach the adapters: the model's output does not depend on them for autograd. "
+                "Gradient checkpointing with use_reentrant=True cuts it off where a block's input needs no gradient: "
+                "call model.enable_input_require_grads(), or checkpoint with use_reentrant=False.",
+                stacklevel=3,
+            )
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generate; `adapter_names` as in forward."""
@@ -362,16 +381,6 @@ class PeftModel(nn.Module):
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             return str(api.upload_folder(repo_id=repo_id, folder_path=directory, **kwargs))
-
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> Any:
-        """Save and upload to a repository on the hub, made if missing; huggingface_hub must be installed."""
-        import huggingface_hub
-
-        api = huggingface_hub.HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **kwargs)
 
     def _save_config(self, config: PeftConfig, directory: str) -> None:
         base = self.get_base_model()

@@ -8,6 +8,7 @@ import threading
 import pytest
 import tiny
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from pyqlora import (
@@ -144,6 +145,19 @@ def test_gradient_checkpointing_in_any_order(order, reentrant):
         assert ours.requires_grad == (".lora_" in name)
         if ours.requires_grad:
             torch.testing.assert_close(ours.grad, want.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_cut_off_gradient_is_said():
+    class Checkpointed(type(tiny.mlp())):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=True)
+
+    model = get_peft_model(Checkpointed(), config()).train()
+    with pytest.warns(UserWarning, match="No gradient will reach the adapters"):
+        model(x())
+    model = get_peft_model(Checkpointed(), config()).train()
+    model(x().requires_grad_()).sum().backward()
+    assert model.get_base_model().up.lora_B["default"].weight.grad is not None
 
 
 def test_prepare_keeps_dtypes_and_freezes():
