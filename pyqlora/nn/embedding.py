@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from pyqlora.nn.module4bit import Module4bit
 from pyqlora.nn.params4bit import Params4bit
 from pyqlora.optim import GlobalOptimManager
 from pyqlora.quant import QuantState, dequantize_4bit, dequantize_blockwise, packed_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class Embedding4bit(Module4bit, torch.nn.Embedding):
@@ -45,6 +48,11 @@ class Embedding4bit(Module4bit, torch.nn.Embedding):
             quant_storage=quant_storage,
             module=self,
         )
+        if embedding_dim % self.weight.blocksize:
+            logger.warning(
+                f"{type(self).__name__}: embedding_dim {embedding_dim} is not a multiple of the block size "
+                f"{self.weight.blocksize}: every lookup will decode the whole table, which makes inference slow"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """The rows of the table at `input` (any shape of indices): [..., embedding_dim] in the layer's dtype.

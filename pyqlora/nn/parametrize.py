@@ -73,6 +73,10 @@ def _parameter(module: nn.Module, name: str) -> nn.Parameter:
 
 def _parametrize(module: nn.Module, name: str, state: QuantState) -> None:
     P.register_parametrization(module, name, Bnb4bitParametrization(state), unsafe=True)
+    _register_parametrization_hooks(module, name)
+
+
+def _register_parametrization_hooks(module: nn.Module, name: str) -> None:
     module.register_state_dict_post_hook(partial(_parametrized_state_dict_post_hook, param_name=name))
     # always_call: checkpointing ends a recomputed forward by an exception, after which the cache must close too
     module.register_forward_pre_hook(_enable_parametrization_cache)
