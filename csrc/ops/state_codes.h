@@ -6,6 +6,10 @@
 //     code at the start of the bucket << shift  +  distance from the midpoint to the end of the bucket (0: no midpoint)
 // and adding the remaining low bits of y carries into the code exactly when y lies above the midpoint.
 // Negative y run the other way: their low bits are inverted, and their buckets have a table of their own.
+//
+// Where registers are wide enough to hold them, `Decades` gives the same code without a memory access: within a decade
+// of the map the codes are evenly spaced, so the rank of |y| above zero is floor(|y| * slope + start), exact but for
+// values next to a midpoint, which are seen by their fraction and looked up in the table.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -48,6 +52,7 @@ class StateCodes {
             const uint32_t first = lowest + (b << shift);
             table[buckets + b] = entry(-as_float(first + last), -as_float(first), next);
         }
+        fill_decades();
     }
 
     uint8_t operator()(float y) const {
@@ -58,11 +63,20 @@ class StateCodes {
         return static_cast<uint8_t>((table[(a >> shift) + (negative ? buckets : 0)] + low) >> shift);
     }
 
+    // Regions of |y|: 0 below the first midpoint, 1 to 7 the decades, 8 from the last midpoint up.
+    struct Decades {
+        static constexpr float margin = 0x1p-12f;
+        uint32_t region[32] = {};  // by the low 5 bits of the exponent, as in `table`: the carry is at bit 23
+        float slope[16] = {}, start[16] = {}, last[16] = {};  // last: the largest floor in a region, plus a half
+    };
+
     const float* map;
     bool sign;
     int shift;
     uint32_t buckets;
     std::vector<uint32_t> table;
+    int zero;  // the code of 0
+    Decades decades;
 
   private:
     std::array<float, 255> above_;  // the smallest float above each midpoint
@@ -80,6 +94,38 @@ class StateCodes {
         if (next < 254 && above_[next + 1] <= to) unsupported();
         const auto distance = static_cast<int32_t>(bit_cast<uint32_t>(above_[next]) - bit_cast<uint32_t>(from));
         return (next << shift) + (1u << shift) - std::abs(distance);
+    }
+
+    void fill_decades() {
+        zero = code(0.0f);
+        decades.start[0] = decades.last[0] = 0.5f;
+        std::array<float, 8> splits;  // the smallest value of regions 1 to 8
+        int rank = 1;
+        for (int d = 1; d <= 7; ++d) {
+            const int cells = (sign ? 1 : 2) << (d - 1);
+            const double low = std::pow(10.0, d - 8), slope = cells / (9 * low), start = rank - low * slope;
+            decades.slope[d] = static_cast<float>(slope);
+            decades.start[d] = static_cast<float>(start);
+            decades.last[d] = static_cast<float>(rank + cells - 1) + 0.5f;
+            splits[d - 1] = above_[zero + rank - 1];
+            for (int k = rank + 1; k < rank + cells; ++k) {
+                if (std::fabs(above_[zero + k - 1] * slope + start - k) > Decades::margin / 2) unsupported();
+            }
+            // The negative side is the mirror image, but for a tie: one float below a split is looked up as well.
+            const float below = std::nextafter(std::nextafter(splits[d - 1], 0.0f), 0.0f);
+            if (sign && code(-splits[d - 1]) != code(-below) - 1) unsupported();
+            rank += cells;
+        }
+        if (zero + rank != 255) unsupported();
+        splits[7] = above_[254];
+        decades.start[8] = decades.last[8] = static_cast<float>(rank) + 0.5f;
+        for (uint32_t exponent = lowest >> 23; exponent <= highest >> 23; ++exponent) {
+            const float* split = std::upper_bound(splits.begin(), splits.end(), as_float(exponent << 23));
+            uint32_t& region = decades.region[exponent & 31];
+            region = static_cast<uint32_t>(split - splits.begin()) << 23;
+            if (split != splits.end() && bit_cast<uint32_t>(*split) >> 23 == exponent)
+                region += (1u << 23) - (bit_cast<uint32_t>(*split) & 0x7fffffu);
+        }
     }
 
     [[noreturn]] void unsupported() const {
