@@ -19,7 +19,8 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 NVDISASM = shutil.which("nvdisasm") or next(
     (str(p) for folder in sys.path for p in Path(folder).glob("nvidia/cu*/bin/nvdisasm")), None
 )
-REGISTERS = 128  # a thread; with 512 threads a CUDA block
+REGISTERS = {"linear_4bit_mma": 255}  # a thread, with 256 threads a CUDA block
+REGISTERS_OF_OTHERS = 128  # with at most 512 threads
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda a: f"sm_{a}")
@@ -56,7 +57,9 @@ def test_no_spills_and_few_registers(compiled):
     for operation, (_, report) in compiled.items():
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
         assert spills and not any(spills), f"{operation}: {report}"
-        assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= REGISTERS, operation
+        assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= REGISTERS.get(
+            operation, REGISTERS_OF_OTHERS
+        ), operation
 
 
 def test_quantize_moves_16_bytes_at_a_time(compiled):
@@ -75,3 +78,41 @@ def test_dequantize_stays_within_its_budget(compiled, request):
     for kernel, count in instructions(compiled["quantize"][0]).items():
         if "dequantize_4bit" in kernel:
             assert sum(n for name, n in count.items() if "." not in name) < budget * 32, kernel
+
+
+def main_loops(cubin):
+    """{kernel: opcodes of its main loop}: of what lies between a backward branch and its target, the shortest that
+    holds the most tensor-core instructions."""
+    text = subprocess.run([NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    loops = {}
+    for kernel in re.split(r"\n\.text\.", text)[1:]:
+        opcodes, labels, found = [], {}, []
+        for line in kernel.splitlines():
+            if label := re.match(r"(\.L_\S+):", line):
+                labels[label[1]] = len(opcodes)
+            elif opcode := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", line):
+                opcodes.append(opcode[1])
+                target = re.search(r"\.L_\w+", line)
+                if opcode[1] == "BRA" and target and target[0] in labels:
+                    found.append(opcodes[labels[target[0]] :])
+        loops[kernel.partition(":")[0]] = max(found, key=lambda loop: (loop.count("HMMA"), -len(loop)), default=[])
+    return loops
+
+
+def test_linear_4bit_stays_within_its_budget(compiled, request):
+    """Instructions per weight of the tensor-core kernel for 8, 16, 32 and 64 rows of x."""
+    if not NVDISASM:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    old = "sm_75" in request.node.name  # half only, and two instructions where later architectures have one
+    budget = {1: 3.9, 2: 4.5, 4: 5.3, 8: 6.8}
+    weights = {1: 256, 2: 128, 4: 128, 8: 128}  # a thread's in one turn of the loop
+    checked = []
+    for kernel, loop in main_loops(compiled["linear_4bit_mma"][0]).items():
+        kind = re.search(r"linear_4bit_mma_kernelI(\w+?)Li(\d)E", kernel)
+        if kind and not (old and "half" not in kind[1]):
+            tiles = int(kind[2])
+            assert loop.count("HMMA") == tiles * weights[tiles] // 8 * (2 if old else 1), kernel
+            assert not {"LDL", "STL"} & set(loop), f"{kernel}: local memory"
+            assert len(loop) <= budget[tiles] * weights[tiles], f"{kernel}: {len(loop)} instructions"
+            checked.append(tiles)
+    assert sorted(checked) == sorted([1, 2, 4, 8] * (1 if old else 2))

@@ -166,7 +166,8 @@ def linear_4bit(
 
     x is [..., K] in float32, float16 or bfloat16; the result is [..., N] in x's dtype. On a CPU the arithmetic is
     float32 whatever x is, rounded once at the end, and no more than 8 MiB of W are ever held decoded per thread. On a
-    GPU W is decoded to x's dtype. Differentiable in x and bias, not in W.
+    GPU few rows go through kernels that decode W in registers, more through W decoded to x's dtype
+    (`pyqlora.ops.linear_4bit_cuda`). Differentiable in x and bias, not in W.
 
     Raises:
         ValueError: an argument has the wrong dtype, device or size; the message names it.
