@@ -128,15 +128,25 @@ namespace {
 
 constexpr int kPoints = 65536;
 
+// The codes of points, one by one or of all in a row.
 struct Nearest {
     explicit Nearest(const float* code) {
         for (int k = 0; k < 255; ++k) midpoints[k] = (code[k] + code[k + 1]) * 0.5f;
     }
     float midpoints[255];
 
+    static float value(int point) { return static_cast<float>(2 * point) / 65535.0f - 1.0f; }
     uint8_t operator()(int point) const {
-        const float v = static_cast<float>(2 * point) / 65535.0f - 1.0f;
-        return static_cast<uint8_t>(std::lower_bound(midpoints, midpoints + 255, v) - midpoints);
+        return static_cast<uint8_t>(std::lower_bound(midpoints, midpoints + 255, value(point)) - midpoints);
+    }
+    std::vector<uint8_t> table() const {
+        std::vector<uint8_t> codes(kPoints);
+        int below = 0;
+        for (int i = 0; i < kPoints; ++i) {
+            while (below < 255 && midpoints[below] < value(i)) ++below;
+            codes[i] = static_cast<uint8_t>(below);
+        }
+        return codes;
     }
 };
 
@@ -171,11 +181,8 @@ void quantize_bytes(const QuantizeBlockwiseArgs& a, int64_t first_block, int64_t
 
 void quantize_blockwise(const QuantizeBlockwiseArgs& a, int threads) {
     const Nearest nearest(a.code.as<float>());
-    std::vector<uint8_t> table;  // all points at once where that is cheaper
-    if (a.x.numel > kPoints / 4) {
-        table.resize(kPoints);
-        for (int i = 0; i < kPoints; ++i) table[i] = nearest(i);
-    }
+    std::vector<uint8_t> table;
+    if (a.x.numel > 2048) table = nearest.table();  // from there on cheaper than a search for each element
     dispatch_float<Half, BFloat16>(a.x.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         parallel_for(threads, ceil_div(a.x.numel, a.blocksize), ceil_div(1 << 14, a.blocksize),
