@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pyqlora.config import PEFT_FORMAT_VERSION, PeftConfig, TaskType
+from pyqlora.inject import model_config
 
 if TYPE_CHECKING:
     from pyqlora.model import PeftModel
@@ -63,11 +64,11 @@ def write_model_card(model: PeftModel, config: PeftConfig, directory: str) -> No
     else:
         front, body = [], _body(model, config)
     base = model.get_base_model()
-    name = getattr(getattr(base, "config", None), "_name_or_path", None)
+    name = model_config(base).get("_name_or_path")
     tags = {"lora", *(getattr(base, "model_tags", None) or ())}
-    if name:
+    if name is not None:
         tags.add(f"base_model:adapter:{name}")
-        front = _with_value(front, "base_model", name)
+        front = _with_value(front, "base_model", name or "''")
     if type(base).__module__.startswith("transformers."):
         tags.add("transformers")
     front = _with_value(front, "library_name", "peft")

@@ -72,7 +72,7 @@ class LoraModel(nn.Module):
         """As active_adapters."""
         return self._active_adapters
 
-    def layers(self) -> Iterator[LoraLayer]:
+    def lora_layers(self) -> Iterator[LoraLayer]:
         """All LoRA layers."""
         return (module for module in self.model.modules() if isinstance(module, LoraLayer))
 
@@ -224,7 +224,7 @@ class LoraModel(nn.Module):
         own = {id(p) for module in self.adapted() for p in module.adapter_parameters()}
         configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         biases = {config.bias for config in configs if not config.inference_mode}
-        of_layers = {id(layer.bias) for layer in self.layers()} if "lora_only" in biases else set()
+        of_layers = {id(layer.bias) for layer in self.lora_layers()} if "lora_only" in biases else set()
         for name, parameter in self.model.named_parameters():
             if id(parameter) in own:
                 continue
@@ -233,7 +233,7 @@ class LoraModel(nn.Module):
 
     def cast_adapter(self, adapter_name: str) -> None:
         """Keep the adapter's half-precision weights in float32, which small updates need."""
-        for layer in self.layers():
+        for layer in self.lora_layers():
             for parameter in layer.adapter_parameters(adapter_name):
                 if parameter.dtype in (torch.float16, torch.bfloat16):
                     parameter.data = parameter.data.float()
@@ -282,13 +282,13 @@ class LoraModel(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        if any(adapter_name in layer.merged_adapters for layer in self.layers()):
+        if any(adapter_name in layer.merged_adapters for layer in self.lora_layers()):
             raise ValueError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
             )
         del self.peft_config[adapter_name]
         active: list[str] | None = None
-        for layer in self.layers():
+        for layer in self.lora_layers():
             layer.delete_adapter(adapter_name)
             active = layer.active_adapters if active is None else active
         for module in self.adapted():
@@ -343,7 +343,7 @@ class LoraModel(nn.Module):
         self.inject_adapter(self.model, adapter_name)
         self.set_requires_grad(adapter_name, False)
         svd = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
-        for layer in self.layers():
+        for layer in self.lora_layers():
             if adapter_name in layer.adapters():
                 chosen = dict(zip(adapters, weights, strict=True))
                 fill(layer, adapter_name, chosen, kind, density, majority_sign_method, svd)
@@ -360,7 +360,7 @@ class LoraModel(nn.Module):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {BASE_ROW}.union(*(layer.adapters() for layer in self.layers()))
+        known = {BASE_ROW}.union(*(layer.adapters() for layer in self.lora_layers()))
         if unknown := sorted(set(adapter_names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         token = row_adapters.set(RowAdapters(list(adapter_names), beams or 1))
@@ -376,12 +376,12 @@ class LoraModel(nn.Module):
     ) -> None:
         """Add the updates of adapters (default: the active ones) to the base weights; see LoraLayer.merge."""
         self._untie()
-        for layer in self.layers():
+        for layer in self.lora_layers():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
 
     def unmerge_adapter(self) -> None:
         """Take merged updates out of the base weights again."""
-        for layer in self.layers():
+        for layer in self.lora_layers():
             layer.unmerge()
 
     def merge_and_unload(
@@ -401,7 +401,7 @@ class LoraModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Return the base model as it was, without any LoRA layer."""
-        for layer in self.layers():
+        for layer in self.lora_layers():
             if layer.merged:
                 layer.unmerge()
         return self._unload(False)
@@ -438,7 +438,7 @@ class LoraModel(nn.Module):
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        for layer in self.layers():
+        for layer in self.lora_layers():
             base = layer.get_base_layer()
             shared = names.get(id(getattr(base, "weight", None)), [])
             if len(shared) > 1 and not dense.is_4bit(base):

@@ -72,8 +72,8 @@ _BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": Us
 # What programs call on PEFT's classes beside their public methods; ours have it while the stand-in is installed.
 METHODS = {
     LoraLayer: {"_all_available_adapter_names": lambda layer: sorted(layer.adapters())},
-    ModulesToSaveWrapper: {"_adapters": property(ModulesToSaveWrapper.adapters), "adapter_layer_names": ()},
-    TrainableTokensWrapper: {"_adapters": property(TrainableTokensWrapper.adapters), "adapter_layer_names": ()},
+    ModulesToSaveWrapper: {"_adapters": property(ModulesToSaveWrapper.adapters), "adapter_layer_names": []},
+    TrainableTokensWrapper: {"_adapters": property(TrainableTokensWrapper.adapters), "adapter_layer_names": []},
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),
