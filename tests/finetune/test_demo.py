@@ -17,7 +17,7 @@ def test_pairs_are_real_distinct_and_restorable():
     assert len({sample.prompt.lower() for sample in samples}) == len(samples)  # none is in both halves of the split
     for sample in samples:
         text = sample.completion[1:]
-        assert sample.prompt == f"{text.translate(demo.ASCII)} ->"
+        assert sample.prompt == f"Turkish: {text.translate(demo.ASCII)} ->"
         assert text != text.translate(demo.ASCII)
         assert len(text) <= demo.MAX_CHARACTERS
     assert demo.load() == (shape, samples)
