@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from pyqlora.finetune.evaluate import perplexity
+from pyqlora.finetune import demo
+from pyqlora.finetune.evaluate import character_accuracy, perplexity
 from pyqlora.finetune.load import pick_device
 from pyqlora.finetune.loop import Record
 from pyqlora.finetune.memory import used_bytes
@@ -107,6 +108,9 @@ class RichScreen:
             table.add_row("characters right", *(f"{share:.1%}" for _, share in exact))
         self.console.print()
         self.console.print(table)
+        if result.demo:
+            unchanged = character_accuracy([text.translate(demo.ASCII) for text in probes.expected], probes.expected)
+            self.say(f"(the ASCII texts left as they are: no exact match, {unchanged:.1%} of the characters)")
         for index in range(min(GENERATIONS, len(probes.texts))):
             self.console.print()
             self._rows(
