@@ -64,7 +64,8 @@ class PeftModel(nn.Module):
         self._gradient_checked = False
         self._add_saved_modules(peft_config)
         self.base_model = LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
-        self.config = getattr(model, "config", {"model_type": "custom"})
+        if hasattr(model, "config"):
+            self.config = model.config
         self.peft_type = peft_config.peft_type
         self.train(model.training)
         if autocast_adapter_dtype:
