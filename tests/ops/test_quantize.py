@@ -277,7 +277,7 @@ NESTED |= {"nested_code": torch.zeros(256), "offset": torch.zeros(1)}
         ("dequantize_4bit", NESTED | {"offset": torch.zeros(2)}, "offset: expected 1 elements, got 2"),
         ("dequantize_4bit", {"first": 1}, r"first: expected a window inside 100 elements, got \[1, 101\)"),
         ("dequantize_4bit", {"first": -1}, r"first: expected a window inside 100 elements, got \[-1, 99\)"),
-        ("quantize_blockwise", {"blocksize": 32}, "blocksize: expected a power of two from 64 to 4096, got 32"),
+        ("quantize_blockwise", {"blocksize": 32}, r"blocksize: expected a power of two from 64 to \d+, got 32"),
         ("quantize_blockwise", {"code": torch.zeros(16)}, "code: expected 256 elements, got 16"),
         ("quantize_blockwise", {"q": torch.zeros(99).byte()}, "q: expected 100 elements, got 99"),
         ("dequantize_blockwise", {"absmax": torch.zeros(1)}, "absmax: expected 2 elements, got 1"),
