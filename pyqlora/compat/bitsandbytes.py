@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pyqlora.compat.lars import PytorchLARS
 from pyqlora.compat.stand_in import refused_class, refused_function
 
 NAME = "bitsandbytes"
@@ -61,8 +62,9 @@ MODULES = {
     "nn": ("pyqlora.nn", _INT8_LAYERS),
     "nn.modules": ("pyqlora.nn", _INT8_LAYERS),
     "nn.parametrize": ("pyqlora.nn.parametrize",),
-    "optim": ("pyqlora.optim",),
+    "optim": ("pyqlora.optim", {"PytorchLARS": PytorchLARS}),
     **dict.fromkeys([f"optim.{name}" for name in _OPTIMIZER_MODULES], ("pyqlora.optim",)),
     "optim.ademamix": ("pyqlora.optim", "pyqlora.compat.ademamix"),
+    "optim.lars": ("pyqlora.optim", "pyqlora.compat.lars"),
     "utils": ({"sync_gpu": sync_gpu},),
 }
