@@ -8,7 +8,7 @@ import torch
 
 
 class PytorchLARS(torch.optim.SGD):
-    """SGD with momentum whose step is at most `max_unorm` times the norm of the parameter (You et al., arXiv:1708.03888).
+    """SGD with momentum whose step is at most `max_unorm` times the norm of the parameter (You 2017, arXiv:1708.03888).
 
     The limit scales the learning rate down for the parameters where it is exceeded; arguments else are SGD's.
     """
