@@ -46,7 +46,8 @@ def test_a_forked_child_starts_threads_of_its_own():
     child = os.fork()
     if child == 0:
         try:
-            os._exit(0 if torch.equal(quantize_4bit(x, 64, "nf4")[0], packed) else 1)
+            # Compared by numpy: torch's own parallel operators may hang in a forked child.
+            os._exit(0 if (quantize_4bit(x, 64, "nf4")[0].numpy() == packed.numpy()).all() else 1)
         finally:
             os._exit(2)
     deadline = threading.Timer(20, os.kill, (child, 9))
