@@ -69,7 +69,7 @@ const float* as_floats(const TensorRef& t, std::unique_ptr<float[]>& owner) {
     return owner.get();
 }
 
-using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const BlockScale&, int64_t, int64_t, float*);
+using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, float*);
 
 }  // namespace
 
@@ -88,13 +88,15 @@ void linear_4bit(const Linear4bitArgs& a, int threads) {
         using T = typename decltype(tag)::type;
         parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
             std::unique_ptr<float[]> row(dot_packed ? nullptr : new float[k]);
+            std::unique_ptr<float[]> scales(dot_packed ? new float[k / a.blocksize + 2] : nullptr);
             for (int64_t n = first; n < last; ++n) {
+                if (scales) scale.range(n * k / a.blocksize, ceil_div((n + 1) * k, a.blocksize), scales.get());
                 if (row) decode_4bit(packed, scale, a.type, a.blocksize, n * k, (n + 1) * k, row.get());
                 for (int64_t i = 0; i < m; i += kMaxRows) {
                     const int rows = static_cast<int>(std::min<int64_t>(kMaxRows, m - i));
                     float y[kMaxRows];
                     if (dot_packed)
-                        dot_packed(rows, x + i * k, k, packed, scale, a.blocksize, n, y);
+                        dot_packed(rows, x + i * k, k, packed, scales.get(), a.blocksize, n, y);
                     else
                         for (int j = 0; j < rows; ++j) y[j] = dot(x + (i + j) * k, row.get(), k);
                     for (int j = 0; j < rows; ++j)

@@ -1,23 +1,25 @@
 // The kernels of linear_4bit over a `Simd`: linear_4bit_cpu.cpp includes this file once for each instruction set.
 
 // y[m][row] for M rows of x and one row of W, K % 32 == 0: every chunk of 32 weights is decoded once, in registers.
+// `scales` are those of the row's blocks, from the one that its first element is in.
 template <class Q, int M>
-void dot_decoded(const float* x, int64_t k, const uint8_t* packed, const BlockScale& scale, int64_t blocksize,
-                 int64_t row, float* y) {
+void dot_decoded(const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize, int64_t row,
+                 float* y) {
     // Enough independent sums to hide the latency of the multiply-add, within the registers there are.
     constexpr int sums = M == 1 ? Simd::registers : M <= 4 ? 2 : 1;
     Simd::Floats sum[M][sums];
     for (auto& s : sum)
         for (auto& v : s) v = Simd::zero();
-    const int64_t begin = row * k, end = begin + k;
-    int64_t i = begin;
-    for (int64_t block = begin / blocksize; i < end; ++block) {
-        const int64_t stop = std::min((block + 1) * blocksize, end);
-        const auto table = Simd::table<Q, float>(scale(block));
-        for (; i < stop; i += 32) {
+    const uint8_t* bytes = packed + row * k / 2;
+    const float *column = x, *last = x + k;
+    int64_t left = blocksize - row * k % blocksize;  // of the row's first block, which may have begun in the row before
+    for (; column < last; left = blocksize) {
+        const auto table = Simd::table<Q, float>(*scales++);
+        __builtin_prefetch(bytes + 4096);  // a page ahead: the hardware stops at each page
+        const float* stop = std::min(column + left, last);
+        for (; column < stop; column += 32, bytes += 16) {
             Simd::Floats w[Simd::registers];
-            table.decode(packed + i / 2, w);
-            const float* column = x + (i - begin);
+            table.decode(bytes, w);
             for (int m = 0; m < M; ++m)
                 for (int r = 0; r < Simd::registers; ++r) {
                     Simd::Floats& s = sum[m][r % sums];
@@ -32,17 +34,17 @@ void dot_decoded(const float* x, int64_t k, const uint8_t* packed, const BlockSc
 }
 
 template <class Q, int M>
-void dot_rows(int m, const float* x, int64_t k, const uint8_t* packed, const BlockScale& scale, int64_t blocksize,
+void dot_rows(int m, const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize,
               int64_t row, float* y) {
-    if (m == M) return dot_decoded<Q, M>(x, k, packed, scale, blocksize, row, y);
-    if constexpr (M > 1) dot_rows<Q, M - 1>(m, x, k, packed, scale, blocksize, row, y);
+    if (m == M) return dot_decoded<Q, M>(x, k, packed, scales, blocksize, row, y);
+    if constexpr (M > 1) dot_rows<Q, M - 1>(m, x, k, packed, scales, blocksize, row, y);
 }
 
 // Up to kMaxRows rows of x.
 template <class Q>
-void dot_packed(int m, const float* x, int64_t k, const uint8_t* packed, const BlockScale& scale, int64_t blocksize,
+void dot_packed(int m, const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize,
                 int64_t row, float* y) {
-    dot_rows<Q, kMaxRows>(m, x, k, packed, scale, blocksize, row, y);
+    dot_rows<Q, kMaxRows>(m, x, k, packed, scales, blocksize, row, y);
 }
 
 // The product of two float rows.

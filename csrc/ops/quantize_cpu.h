@@ -1,5 +1,6 @@
 // What the CPU kernels of other operations use of quantize: a block's scale, and decoding a run of elements.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 
 #include "ops/quantize.h"
@@ -21,6 +22,16 @@ class BlockScale {
     float operator()(int64_t block) const {
         if (!nested_) return absmax_[block];
         return nested_code_[codes_[block]] * nested_absmax_[block >> nested_shift_] + offset_;
+    }
+
+    // The scales of blocks [first, last).
+    void range(int64_t first, int64_t last, float* out) const {
+        if (!nested_) std::copy(absmax_ + first, absmax_ + last, out);
+        while (nested_ && first < last) {
+            const int64_t group = first >> nested_shift_, stop = std::min((group + 1) << nested_shift_, last);
+            const float nested_absmax = nested_absmax_[group];
+            for (; first < stop; ++first) *out++ = nested_code_[codes_[first]] * nested_absmax + offset_;
+        }
     }
 
   private:

