@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import emulation
 import hypothesis
 import pytest
 import torch
 
+import pyqlora
 from pyqlora import _C
 from pyqlora.ops import backend as dispatch
+
+# Python puts the working directory before everything else, and in a checkout that is the source tree without its
+# extension: processes that tests start must find the pyqlora that is under test here.
+os.environ["PYTHONPATH"] = str(Path(pyqlora.__file__).parents[1])
+os.chdir(Path(__file__).parent)
 
 BACKENDS = ("cpu", "emulated", "emulated_reverse", "emulated_checked", "emulated_asan", "cuda")
 
