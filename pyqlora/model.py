@@ -338,18 +338,25 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
         state_dict: dict[str, torch.Tensor] | None = None,
         **_: Any,
     ) -> None:
         """Write each adapter's config and weights: "default" into the directory, others into one of their name in it.
 
         Raises:
-            ValueError: the path is a file, an unknown adapter, or safe_serialization=False, which would pickle.
+            ValueError: the path is a file, an unknown adapter, safe_serialization=False, which would pickle, or
+                path_initial_model_for_weight_conversion, which is not supported.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; pyqlora saves safetensors only")
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "save_pretrained: path_initial_model_for_weight_conversion (PiSSA or OLoRA as plain LoRA) is not "
+                "supported: save the adapter as it is, together with the base model it was initialised from"
+            )
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         if any(name not in self.peft_config for name in names):
             raise ValueError(
