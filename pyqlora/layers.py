@@ -33,8 +33,11 @@ class Linear(LoraLayer):
 
     def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         a, b = self.factors(name)
+        scaling = self.scaling[name]
+        if isinstance(scaling, Tensor):  # made ready for hot swapping in a compiled model
+            b, scaling = b * scaling, 1.0
         owned = not self.base_layer._forward_hooks  # a hook may have kept the output, which then must stay as it is
-        result = lora_linear(result, x, a, b, self.scaling[name], self.dropout_of(name), inplace=owned)
+        result = lora_linear(result, x, a, b, scaling, self.dropout_of(name), inplace=owned)
         if self.lora_bias[name]:
             result = result + (self.lora_B[name].bias * self.scaling[name]).to(result.dtype)
         return result

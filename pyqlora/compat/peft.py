@@ -122,5 +122,6 @@ MODULES = {
     "": _ALL,
     **dict.fromkeys(_PATHS, _ALL),
     "import_utils": (_IMPORT_UTILS,),
+    "utils.hotswap": ("pyqlora.hotswap",),
     "tuners.lora.variants": ("pyqlora.variants",),
 }
