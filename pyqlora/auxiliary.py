@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pyqlora import dense
 from pyqlora.config import LoraConfig
-from pyqlora.lora_layer import BASE_ROW, LoraLayer, names_of_rows
+from pyqlora.lora_layer import LoraLayer
+from pyqlora.rows import BASE_ROW, names_of_rows
 
 
 class ModulesToSaveWrapper(nn.Module):

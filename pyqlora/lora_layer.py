@@ -8,49 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyqlora import dense
+from pyqlora import dense, merging
 from pyqlora.config import LoraConfig
+from pyqlora.rows import names_of_rows
 from pyqlora.variants import Dora, initialise, scaling_factor
-
-BASE_ROW = "__base__"  # the name in adapter_names for rows without an adapter
-
-
-class RowAdapters(NamedTuple):
-    """One adapter's name for each row of the batch; in beam search the decoder sees every row `beams` times."""
-
-    names: list[str]
-    beams: int = 1
-
-
-# Set while PeftModel.forward(adapter_names=…) runs. A context variable and not a field of the layers: several threads
-# may serve different adapters from one model.
-row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
-
-
-def names_of_rows(batch: int, given: list[str] | None) -> list[str] | None:
-    """The adapter of each row of a batch of that size, or None if the active adapters serve all rows.
-
-    Raises:
-        ValueError: the count of names is not the batch size.
-    """
-    rows = row_adapters.get() if given is None else RowAdapters(given)
-    if rows is None:
-        return None
-    if rows.beams > 1 and batch == len(rows.names) * rows.beams:
-        return [name for name in rows.names for _ in range(rows.beams)]
-    if batch != len(rows.names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(rows.names)} and {batch} respectively."
-        )
-    return list(rows.names)
-
 
 # PEFT's name in the file and in memory -> what it holds for each adapter.
 PARAMETER_DICTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -315,99 +281,13 @@ class LoraLayer(nn.Module):
         """The adapter's scaled update of the base weight, in the adapter's dtype."""
         return (self.delta_matrix(adapter) * self.scaling[adapter]).to(self.factors(adapter)[0].dtype)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
-        """Add updates to the base weight: computed in float32, rounded once.
+        """See pyqlora.merging.merge."""
+        merging.merge(self, safe_merge, adapter_names, requantize)
 
-        A 4-bit base layer becomes a plain one of its original dtype, or a 4-bit one again with `requantize`; either
-        way `unmerge` brings back the very bytes it had.
-
-        Args:
-            safe_merge: refuse a result that is not finite.
-            adapter_names: the adapters; None for the active ones.
-            requantize: see above.
-
-        Raises:
-            ValueError: with safe_merge, infinities or NaN.
-            RuntimeError: the adapter has a bias and the base layer none.
-        """
-        names = [name for name in self._names_to_merge(adapter_names) if name in self.adapters()]
-        if not names:
-            return
-        base = self.get_base_layer()
-        original = weight = dense.read(base)
-        bias = None if getattr(base, "bias", None) is None else base.bias.float()
-        for name in names:
-            weight = weight + self.delta_matrix(name) * self.scaling[name]
-            if self.use_dora[name]:
-                self._dora_factors[name] = Dora.factor(self, name, self._unmerged_weight(original))
-                weight = weight * self.along_features(self._dora_factors[name])
-            if self.lora_bias[name]:
-                if bias is None:
-                    raise RuntimeError(
-                        "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias."
-                    )
-                bias = bias + self.lora_B[name].bias.float() * self.scaling[name]
-            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        if dense.is_4bit(base):
-            self._stashed.append(base)
-            merged = dense.requantized(base, weight) if requantize else dense.plain_linear(base, weight)
-            self._replace_base(merged)
-            base = merged
-        else:
-            dense.write(base, weight)
-        if bias is not None:
-            base.bias.data = bias.to(base.bias.dtype)
-        self.merged_adapters += names
-
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Take all merged updates out of the base weight again; exact for a 4-bit base, up to rounding else."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._stashed:
-            self._replace_base(self._stashed[0])
-            self._stashed.clear()
-            self.merged_adapters.clear()
-            return
-        base = self.get_base_layer()
-        dense.write(base, self._unmerged_weight(dense.read(base)))
-        for name in self.merged_adapters:
-            if self.lora_bias[name]:
-                base.bias.data -= (self.lora_B[name].bias * self.scaling[name]).to(base.bias.dtype)
-        self.merged_adapters.clear()
-
-    def _unmerged_weight(self, weight: Tensor) -> Tensor:
-        if self._stashed:
-            return dense.read(self._stashed[0])
-        for name in reversed(self.merged_adapters):
-            if self.use_dora[name]:
-                weight = weight / self.along_features(self._dora_factors[name])
-            weight = weight - self.delta_matrix(name) * self.scaling[name]
-        return weight
-
-    def _replace_base(self, layer: nn.Module) -> None:
-        holder = self
-        while isinstance(holder.base_layer, LoraLayer):
-            holder = holder.base_layer
-        holder.base_layer = layer
-
-    def _names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        if isinstance(adapter_names, str):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in names if name not in self.merged_adapters]
-        if self.merged and new:
-            warnings.warn(
-                f"Already following adapters were merged {','.join(self.merged_adapters)}. "
-                f"You are now additionally merging {','.join(new)}.",
-                stacklevel=3,
-            )
-        elif self.merged:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
-        return new
+        """See pyqlora.merging.unmerge."""
+        merging.unmerge(self)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqlora import dense
 from pyqlora.auxiliary import ModulesToSaveWrapper, wrap_modules_to_save
 from pyqlora.config import LoraConfig, PeftConfig
 from pyqlora.inject import EXCLUDED, match, no_match_error, pattern_value, resolve_targets
 from pyqlora.layers import make_layer
-from pyqlora.lora_layer import BASE_ROW, LoraLayer, RowAdapters, row_adapters
+from pyqlora.lora_layer import LoraLayer
 from pyqlora.replicate import replicate_layers
+from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
+from pyqlora.unload import unload, untie
 from pyqlora.weighted import fill, weighted_config
 
 COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
@@ -375,7 +376,7 @@ class LoraModel(nn.Module):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
     ) -> None:
         """Add the updates of adapters (default: the active ones) to the base weights; see LoraLayer.merge."""
-        self._untie()
+        untie(self.model)
         for layer in self.lora_layers():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
 
@@ -396,78 +397,12 @@ class LoraModel(nn.Module):
         A model with 4-bit layers becomes one of plain layers in the original dtype, adapted or not, which saves and
         loads without pyqlora; with `requantize` the 4-bit layers stay 4-bit ones.
         """
-        self._untie()
-        return self._unload(True, progressbar, safe_merge, adapter_names, requantize)
+        untie(self.model)
+        return unload(self.model, True, progressbar, safe_merge, adapter_names, requantize)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was, without any LoRA layer."""
         for layer in self.lora_layers():
             if layer.merged:
                 layer.unmerge()
-        return self._unload(False)
-
-    def _unload(
-        self,
-        merge: bool,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        requantize: bool = False,
-    ) -> nn.Module:
-        names = [name for name, module in self.model.named_modules() if isinstance(module, Adapted)]
-        for name in _progress(names, progressbar, "Unloading and merging model" if merge else "Unloading model"):
-            module = self.model.get_submodule(name)
-            if isinstance(module, LoraLayer):
-                if merge:
-                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
-                left = module.get_base_layer()
-            else:
-                left = module.unloaded(merge, adapter_names)
-            parent_name, _, child_name = name.rpartition(".")
-            setattr(self.model.get_submodule(parent_name), child_name, left)
-        if merge and not requantize:
-            dense.dequantize_model(self.model)
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
-        if merge:
-            self._untie_config()
-        return self.model
-
-    def _untie(self) -> None:
-        """Give adapted layers that share their weight with another module one of their own, for merging to change."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for layer in self.lora_layers():
-            base = layer.get_base_layer()
-            shared = names.get(id(getattr(base, "weight", None)), [])
-            if len(shared) > 1 and not dense.is_4bit(base):
-                base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
-                warnings.warn(
-                    f"{' and '.join(shared)} are tied and only one of them is adapted: merging unties them, the model "
-                    "is to be saved and loaded with tie_word_embeddings=False",
-                    stacklevel=3,
-                )
-
-    def _untie_config(self) -> None:
-        config = getattr(self.model, "config", None)
-        if not getattr(config, "tie_word_embeddings", False) or not hasattr(self.model, "get_output_embeddings"):
-            return
-        weights = [
-            getattr(layer, "weight", None)
-            for layer in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        ]
-        if None not in weights and weights[0].data_ptr() != weights[1].data_ptr():
-            config.tie_word_embeddings = False
-            warnings.warn(
-                "Input and output embeddings are no longer tied after merging. "
-                "Setting `tie_word_embeddings=False` in the model config.",
-                stacklevel=4,
-            )
-
-
-def _progress(names: list[str], show: bool, label: str) -> Iterator[str]:
-    for i, name in enumerate(names):
-        yield name
-        if show:
-            print(f"\r{label}: {i + 1}/{len(names)}", end="" if i + 1 < len(names) else "\n", flush=True)
+        return unload(self.model, False)

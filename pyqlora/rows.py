@@ -1,0 +1,39 @@
+"""adapter_names=[…]: every row of a batch with its own adapter."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import NamedTuple
+
+BASE_ROW = "__base__"  # the name in adapter_names for rows without an adapter
+
+
+class RowAdapters(NamedTuple):
+    """One adapter's name for each row of the batch; in beam search the decoder sees every row `beams` times."""
+
+    names: list[str]
+    beams: int = 1
+
+
+# Set while PeftModel.forward(adapter_names=…) runs. A context variable and not a field of the layers: several threads
+# may serve different adapters from one model.
+row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
+
+
+def names_of_rows(batch: int, given: list[str] | None) -> list[str] | None:
+    """The adapter of each row of a batch of that size, or None if the active adapters serve all rows.
+
+    Raises:
+        ValueError: the count of names is not the batch size.
+    """
+    rows = row_adapters.get() if given is None else RowAdapters(given)
+    if rows is None:
+        return None
+    if rows.beams > 1 and batch == len(rows.names) * rows.beams:
+        return [name for name in rows.names for _ in range(rows.beams)]
+    if batch != len(rows.names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(rows.names)} and {batch} respectively."
+        )
+    return list(rows.names)
