@@ -21,7 +21,8 @@ from pyqlora.ops import backend as dispatch
 os.environ["PYTHONPATH"] = str(Path(pyqlora.__file__).parents[1])
 os.chdir(Path(__file__).parent)
 
-BACKENDS = ("cpu", "emulated", "emulated_reverse", "emulated_checked", "emulated_asan", "cuda")
+BACKENDS = ("cpu", "emulated", "emulated_reverse", "emulated_checked", "cuda")
+SPECIAL_BACKENDS = ("emulated_asan", "emulated_changed")
 
 # An example that an emulated kernel takes long over is no failure, and the backend is the same for all examples.
 hypothesis.settings.register_profile(
@@ -34,9 +35,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         action="append",
-        choices=BACKENDS,
-        help="run kernel tests on this backend only (repeatable); default: all but emulated_asan, which needs the "
-        "sanitizers' libraries preloaded, and cuda where there is no GPU",
+        choices=BACKENDS + SPECIAL_BACKENDS,
+        help="run kernel tests on this backend only (repeatable); default: all but cuda where there is no GPU, "
+        "emulated_asan, which needs the sanitizers' libraries preloaded, and emulated_changed, which plants faults",
     )
 
 
@@ -54,8 +55,7 @@ class Backend:
 
 def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
-        wanted = metafunc.config.getoption("--backend") or [b for b in BACKENDS if b != "emulated_asan"]
-        metafunc.parametrize("backend", wanted, indirect=True)
+        metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS, indirect=True)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def backend(request):
     with ExitStack() as stack:
         if name.startswith("emulated"):
             variant = name.partition("_")[2]
-            device = emulation.device(variant if variant in ("checked", "asan") else "fast")
+            device = emulation.device(variant if variant in ("checked", "asan", "changed") else "fast")
             device.module.set_order("reverse" if variant == "reverse" else "forward")
             stack.enter_context(dispatch.override(device))
             stack.enter_context(emulation.fresh_outputs())

@@ -6,7 +6,10 @@ import ctypes
 import fcntl
 import functools
 import importlib.util
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,11 +31,13 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
 
 
-def build(*targets: str, mutant: tuple[Path, ...] = ()) -> None:
-    """Compile the kernels for the CPU: `BUILD/<target>/pyqlora_emulation*.so`. Skips where there is no compiler.
+def _run(command: list[Any], **options: Any) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
 
-    The target `mutant` is made of the given .cu files instead.
-    """
+
+def build(*targets: str) -> None:
+    """Compile the kernels for the CPU: `BUILD/<target>/pyqlora_emulation*.so`. Skips where there is no compiler."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
         pytest.skip("emulating CUDA needs a C++ compiler: none on PATH")
@@ -40,13 +45,39 @@ def build(*targets: str, mutant: tuple[Path, ...] = ()) -> None:
     assert cmake and ninja, "emulating CUDA needs cmake and ninja: pip install 'pyqlora[test]'"
     configure = [cmake, "-S", ROOT / "csrc" / "emulation", "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]
-    configure += [f"-DPYQLORA_EMULATION_MUTANT={';'.join(map(str, mutant))}"]
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test runs build once
         for command in (configure, [cmake, "--build", BUILD, "--target", *targets]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stdout + done.stderr
+            _run(command)
+
+
+def build_changed(source: str, texts: dict[str, str], folder: Path) -> None:
+    """Into `folder`, the checked build with its .cu file `source` compiled anew after changes to files under csrc.
+
+    `texts`: the changed files, by their path under csrc.
+    """
+    build("checked")
+    for path, text in texts.items():
+        changed = folder / "csrc" / path
+        changed.parent.mkdir(parents=True, exist_ok=True)
+        changed.write_text(text)
+    objects = []
+    for step in json.loads((BUILD / "compile_commands.json").read_text()):
+        command = shlex.split(step["command"])
+        result = command.index("-o") + 1
+        if not re.search(r"(^|/)(checked|engine_checked|bindings)\.dir/", command[result]):
+            continue
+        if Path(step["file"]) != ROOT / "csrc" / source:
+            objects.append(BUILD / command[result])
+            continue
+        command[result] = str(folder / "changed.o")
+        command[command.index("-c") + 1] = str(folder / "csrc" / source if source in texts else step["file"])
+        options = next(i for i, word in enumerate(command) if word.startswith("-"))  # after a launcher and the compiler
+        _run([*command[:options], "-I", folder / "csrc", *command[options:]], cwd=step["directory"])
+        compiler = command[options - 1]
+    library = folder / "pyqlora_emulation.so"
+    _run([compiler, "-shared", "-o", library, folder / "changed.o", *objects])
 
 
 def load(folder: Path) -> Any:
@@ -61,7 +92,10 @@ def load(folder: Path) -> Any:
 
 @functools.cache
 def device(name: str) -> EmulatedDevice:
-    """The emulated device of a build: fast, checked or asan."""
+    """The emulated device of a build: fast, checked, asan, or changed: the one of `build_changed` in the folder that
+    PYQLORA_EMULATION_CHANGED names."""
+    if name == "changed":
+        return EmulatedDevice(load(Path(os.environ["PYQLORA_EMULATION_CHANGED"])))
     build(*({"fast", "checked"} | {name}))
     return EmulatedDevice(load(BUILD / name))
 

@@ -3,80 +3,45 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import itertools
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulation
+import mutation
 import pytest
 import torch
 
 from pyqlora.ops import backend as dispatch
 from pyqlora.ops import quantize as ops
 
-OPS = emulation.ROOT / "csrc" / "ops"
 TESTS = emulation.ROOT / "tests"
 
-
-def load_tests(name):
-    """A test module as a library of checks."""
-    spec = importlib.util.spec_from_file_location(f"checks_{name}", TESTS / "ops" / f"test_{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def quantize_suite(backend):
-    tests = load_tests("quantize")
-    for blocksize, dtype in itertools.product((64, 4096), tests.DTYPES):
-        tests.test_4bit(backend, blocksize, dtype, "fp4")
-        tests.test_blockwise(backend, blocksize, dtype)
-    for nested_blocksize in (64, 256):
-        tests.test_nested_scales(backend, nested_blocksize, torch.bfloat16)
-    tests.test_windows(backend)
-    tests.test_strided_and_misaligned_inputs(backend)
-
-
-SUITES = {"quantize": quantize_suite}
-
-# Operation, what goes wrong, the line, what it becomes.
-FAULTS = [
-    ("quantize", "missing barrier", "    __syncthreads();\n    const int warps", "    const int warps"),
-    ("quantize", "swapped nibbles", "word |= code << 4 * (i ^ 1);", "word |= code << 4 * i;"),
-    ("quantize", "off-by-one tail", "base + i < n ? to_float", "base + i <= n ? to_float"),
-    ("quantize", "misaligned load", "aligned(a.x.data, 16) && aligned(a.packed.data, 4)", "true"),
-    ("quantize", "wrong scale block", "stored[s] = scales.load(element >>", "stored[s] = scales.load(element + 8 >>"),
+# A few of all faults, one of each kind; `python tests/mutation.py` plants them all.
+SAMPLE = [
+    ("quantize", "missing barrier before the warps' maxima"),
+    ("quantize", "misaligned load"),
+    ("quantize", "tail read one too far"),
+    ("quantize", "scale of another block"),
+    ("linear_4bit", "swapped nibbles"),
+    ("linear_4bit_mma", "wrong lane's rows"),
+    ("linear_4bit_mma", "splits write over each other"),
 ]
 
 
-@pytest.mark.parametrize(("op", "fault", "before", "after"), FAULTS, ids=[f"{f[0]}-{f[1]}" for f in FAULTS])
-def test_planted_fault_is_caught(tmp_path, op, fault, before, after):
+@pytest.mark.parametrize("kernel", mutation.KERNELS)
+def test_faults_can_be_planted(kernel):
+    for fault in mutation.faults(kernel):
+        mutation.changed(kernel, fault)
+
+
+@pytest.mark.parametrize(("kernel", "what"), SAMPLE)
+def test_planted_fault_is_noticed(tmp_path, kernel, what):
     """The emulated tests fail on a kernel with this one change."""
-    source = OPS / f"{op}_cuda.cu"
-    text = source.read_text()
-    assert text.count(before) >= 1, "the kernel has changed: plant this fault anew"
-    mutated = emulation.BUILD / "faults" / source.name
-    mutated.parent.mkdir(parents=True, exist_ok=True)
-    mutated.write_text(text.replace(before, after, 1))
-    emulation.build("mutant", mutant=tuple(mutated if s == source else s for s in OPS.glob("*_cuda.cu")))
-    shutil.copytree(emulation.BUILD / "mutant", tmp_path / "mutant")  # a library of one path is loaded only once
-    device = emulation.EmulatedDevice(emulation.load(tmp_path / "mutant"))
-    backend = SimpleNamespace(name="emulated_mutant", device=torch.device("cpu"))
-    with dispatch.override(device), emulation.fresh_outputs(), pytest.raises((AssertionError, RuntimeError)):
-        SUITES[op](backend)
-
-
-def test_unchanged_kernels_pass_the_suites():
-    """Or the planted faults would prove nothing."""
-    backend = SimpleNamespace(name="emulated_checked", device=torch.device("cpu"))
-    for suite in SUITES.values():
-        with dispatch.override(emulation.device("checked")), emulation.fresh_outputs():
-            suite(backend)
+    (fault,) = (f for f in mutation.faults(kernel) if f.what == what)
+    mutation.plant(kernel, fault, tmp_path)
+    assert mutation.killer(kernel, tmp_path)
 
 
 def test_sanitizers():
