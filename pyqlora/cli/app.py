@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from pyqlora.cli import doctor, finetune, generate
+from pyqlora.cli import doctor, finetune, generate, merge
 
 app = typer.Typer(
     name="pyqlora",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("finetune")(finetune.finetune)
 app.command("generate")(generate.generate)
+app.command("merge")(merge.merge)
 app.command("doctor")(doctor.doctor)
 
 INTERRUPTED = 130

@@ -43,7 +43,7 @@ class RichScreen:
 
     def plan(self, plan: Plan) -> None:
         """The plan, with the tokens that are trained marked in one sample."""
-        self._rows(plan.rows)
+        rows(self.console, plan.rows)
         sample = Text()
         for text, trained in plan.sample:
             plain = not self.console.is_terminal
@@ -54,11 +54,6 @@ class RichScreen:
         for warning in plan.warnings:
             self.console.print(f"[bold yellow]warning:[/bold yellow] {escape(warning)}")
         self.console.print()
-
-    def _rows(self, rows: list[tuple[str, str]]) -> None:
-        width = max(len(name) for name, _ in rows)
-        for name, text in rows:
-            self.console.print(f"[bold]{name:{width}}[/bold]  {escape(text)}")
 
     def start(self, done: int, steps: int) -> None:
         """Open the bar."""
@@ -113,13 +108,14 @@ class RichScreen:
             self.say(f"(the ASCII texts left as they are: no exact match, {unchanged:.1%} of the characters)")
         for index in range(min(GENERATIONS, len(probes.texts))):
             self.console.print()
-            self._rows(
+            rows(
+                self.console,
                 [
                     ("prompt", shown(probes.texts[index])),
                     ("before", shown(before.completions[index])),
                     ("after", shown(after.completions[index])),
                     ("in the data", shown(probes.expected[index])),
-                ]
+                ],
             )
         self.console.print()
         files = "adapter_model.safetensors, adapter_config.json, tokenizer, log.jsonl, loss.png, config.yaml"
@@ -128,6 +124,13 @@ class RichScreen:
         chat = result.shape in ("chat", "sharegpt", "alpaca")
         prompt = '--chat "Who are you?"' if chat else shlex.quote(probes.texts[0].splitlines()[0][:SHOWN_CHARACTERS])
         self.command(f"pyqlora generate {shlex.quote(str(result.out))} {prompt}")
+
+
+def rows(console: Console, named: list[tuple[str, str]], width: int | None = None) -> None:
+    """Names in bold, and a text beside each."""
+    width = width or max(len(name) for name, _ in named)
+    for name, text in named:
+        console.print(f"[bold]{name:{width}}[/bold]  {escape(text)}")
 
 
 def shown(text: str) -> str:

@@ -227,7 +227,10 @@ def _halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def load_model(
-    file: GGUFFile, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, quant_type: str = "nf4"
+    file: GGUFFile,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    quant_type: str | None = "nf4",
 ) -> Any:
     """A transformers causal language model whose linear layers are `pyqlora.nn.Linear4bit`, except the output layer.
 
@@ -235,7 +238,7 @@ def load_model(
         file: the opened GGUF file.
         device: where the model goes.
         dtype: type of everything that is not quantized, and of the computation.
-        quant_type: "nf4" or "fp4", double-quantized.
+        quant_type: "nf4" or "fp4", double-quantized; None for plain layers.
 
     Raises:
         ValueError: an architecture or tensor type that is not supported, or tensors missing from the file.
@@ -250,7 +253,7 @@ def load_model(
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     for name, module in list(model.named_modules()):
-        if type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
+        if quant_type and type(module) is torch.nn.Linear and module is not model.get_output_embeddings():
             quantized = Linear4bit(
                 module.in_features,
                 module.out_features,
