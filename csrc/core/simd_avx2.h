@@ -52,6 +52,16 @@ struct Simd {
         _mm_storeu_si128((__m128i*)p, round(x, T{}));
     }
 
+    static Ints load_words(const uint8_t* p, int64_t count) {
+        return _mm256_maskload_epi32((const int*)p,
+                                     _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), iota()));
+    }
+    static Floats spread(const float* p, Ints index) {
+        return _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128*)p), index);
+    }
+    static Ints iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+    static Ints shift_right(Ints x, int count) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(count)); }
+
     static Ints abs_bits(Floats x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)); }
     static Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
     static float max_abs(Ints bits) {
@@ -117,6 +127,12 @@ struct Simd::Table<float> {
             const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
             out[r] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
         }
+    }
+    template <int n>
+    Floats decode_nibble(Ints words) const {
+        const Ints code = _mm256_srli_epi32(words, 4 * n);
+        const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * n));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

@@ -48,6 +48,17 @@ struct Simd {
         _mm256_storeu_si256((__m256i*)p, round(x, T{}));
     }
 
+    // 4 packed bytes, that is 8 weights, to a lane; the first `count` words, then zeros.
+    static Ints load_words(const uint8_t* p, int64_t count) {
+        return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p);
+    }
+    // Lane i is p[index[i]], of p[0] to p[3].
+    static Floats spread(const float* p, Ints index) {
+        return _mm512_permutexvar_ps(index, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+    }
+    static Ints iota() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+    static Ints shift_right(Ints x, int count) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(count)); }
+
     // |x| as ordered integers: a NaN is above infinity, so that the largest of them tells of it.
     static Ints abs_bits(Floats x) { return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)); }
     static Ints max(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
@@ -105,6 +116,11 @@ struct Simd::Table<float> {
         const Ints shifts = _mm512_set1_epi64(4);
         out[0] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, low), shifts), values);
         out[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, high), shifts), values);
+    }
+    // The weight that lies in nibble n of each word.
+    template <int n>
+    Floats decode_nibble(Ints words) const {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * n), values);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

@@ -20,8 +20,13 @@ constexpr int kMaxRows = 8;  // of x, for one pass over W
 namespace scalar {
 namespace {
 
+// The portable way is always to decode a row, then to multiply.
 template <class Q>
-constexpr std::nullptr_t dot_packed = nullptr;  // the portable way is always to decode a row, then to multiply
+constexpr std::nullptr_t dot_packed = nullptr;
+template <class Q>
+constexpr std::nullptr_t dot_spread = nullptr;
+constexpr std::nullptr_t spread_row = nullptr;
+constexpr int64_t kWords = 1;
 
 float dot(const float* x, const float* w, int64_t k) {
     float sum[8] = {};
@@ -70,6 +75,26 @@ const float* as_floats(const TensorRef& t, std::unique_ptr<float[]>& owner) {
 }
 
 using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, float*);
+using DotSpread = float (*)(const float*, int64_t, const uint8_t*, const float*, int64_t);
+
+// One row of x: the weight's bytes pass through the registers once, and x with them.
+template <class T>
+void one_row(const Linear4bitArgs& a, const BlockScale& scale, const float* x, const float* bias, int threads) {
+    DotSpread dot = nullptr;
+    dispatch_quant_type(a.type, [&](auto quant) { dot = PYQLORA_SELECT(dot_spread<decltype(quant)>); });
+    void (*const spread_row)(const float*, int64_t, float*) = PYQLORA_SELECT(spread_row);
+    const int64_t k = a.k, words = PYQLORA_SELECT(kWords), blocks = k / a.blocksize;
+    std::unique_ptr<float[]> spread(new float[ceil_div(k, words) * words]);
+    spread_row(x, k, spread.get());
+    parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
+        std::unique_ptr<float[]> scales(new float[blocks + words]());
+        for (int64_t n = first; n < last; ++n) {
+            scale.range(n * blocks, (n + 1) * blocks, scales.get());
+            const float y = dot(spread.get(), k, a.packed.as<uint8_t>() + n * k / 2, scales.get(), a.blocksize);
+            a.y.as<T>()[n] = from_float<T>(bias ? y + bias[n] : y);
+        }
+    });
+}
 
 }  // namespace
 
@@ -83,9 +108,11 @@ void linear_4bit(const Linear4bitArgs& a, int threads) {
     DotPacked dot_packed = nullptr;
     if (k % 32 == 0)
         dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });
+    const bool spread = m == 1 && k % a.blocksize == 0 && dot_packed;
 
     dispatch_float<Half, BFloat16>(a.y.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
+        if (spread) return one_row<T>(a, scale, x, bias, threads);
         parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
             std::unique_ptr<float[]> row(dot_packed ? nullptr : new float[k]);
             std::unique_ptr<float[]> scales(dot_packed ? new float[k / a.blocksize + 2] : nullptr);

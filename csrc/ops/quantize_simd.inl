@@ -27,11 +27,21 @@ void quantize_blocks(const Quantize4bitArgs& a, int64_t first_block, int64_t las
 template <class T, class Q, bool stream>
 void decode_chunks(const uint8_t* packed, const BlockScale& scale, int64_t blocksize, int64_t begin, int64_t end,
                    T* out) {
-    int64_t i = begin;
-    for (int64_t block = begin / blocksize; i < end; ++block) {
-        const int64_t stop = std::min((block + 1) * blocksize, end);
-        const auto table = Simd::table<Q, T>(scale(block));
-        for (; i < stop; i += 32) table.template decode_to<stream>(packed + i / 2, out + (i - begin));
+    constexpr int64_t kScales = 64;  // decoded at a time
+    float scales[kScales];
+    const uint8_t* bytes = packed + begin / 2;
+    int64_t left = blocksize - begin % blocksize;  // of the first block, which may have begun before
+    const int64_t blocks = ceil_div(end, blocksize);
+    for (int64_t block = begin / blocksize; block < blocks; block += kScales) {
+        const int64_t count = std::min(kScales, blocks - block);
+        scale.range(block, block + count, scales);
+        for (int64_t b = 0; b < count; ++b, left = blocksize) {
+            const auto table = Simd::table<Q, T>(scales[b]);
+            __builtin_prefetch(bytes + 2048);
+            const int64_t n = std::min(left, end - begin);
+            for (int64_t i = 0; i < n; i += 32, bytes += 16, out += 32) table.template decode_to<stream>(bytes, out);
+            begin += n;
+        }
     }
     if (stream) _mm_sfence();
 }

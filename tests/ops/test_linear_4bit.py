@@ -79,6 +79,19 @@ def test_formats(isa, blocksize, nested, quant_type):
             assert_near(y, x.double() @ w.T, x.double().abs() @ w.T.abs(), k)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 1024])
+def test_one_row_on_whole_blocks(isa, blocksize, nested):
+    for blocks in (1, 2, 3, 5):
+        n, k = 7, blocks * blocksize
+        arguments, w = weight(n, k, blocksize, nested=nested)
+        for dtype in DTYPES:
+            x, bias = torch.randn(1, k).to(dtype), torch.randn(n)
+            xd = x.double()
+            y = linear_4bit(x, *arguments, bias)
+            assert_near(y, xd @ w.T + bias.double(), xd.abs() @ w.T.abs() + bias.double().abs(), k)
+
+
 def test_a_weight_in_many_pieces(monkeypatch):
     monkeypatch.setattr(module, "_WORKSPACE_BYTES", 1 << 12)
     monkeypatch.setattr(module, "_local", threading.local())
