@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from pyqlora.cli import doctor, finetune, generate, merge
+from pyqlora.cli import chat, doctor, finetune, merge
 
 app = typer.Typer(
     name="pyqlora",
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("finetune")(finetune.finetune)
-app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("doctor")(doctor.doctor)
 

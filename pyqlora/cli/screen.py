@@ -122,8 +122,9 @@ class RichScreen:
         self.say(f"{result.out}: {files}")
         self.say(f"{duration(result.seconds)} in all, {size(result.peak_bytes)} memory at most. Try it:")
         chat = result.shape in ("chat", "sharegpt", "alpaca")
-        prompt = '--chat "Who are you?"' if chat else shlex.quote(probes.texts[0].splitlines()[0][:SHOWN_CHARACTERS])
-        self.command(f"pyqlora generate {shlex.quote(str(result.out))} {prompt}")
+        prompt = "Who are you?" if chat else probes.texts[0].splitlines()[0][:SHOWN_CHARACTERS]
+        plain = "" if chat else "--plain "
+        self.command(f"pyqlora chat {shlex.quote(str(result.out))} {plain}--prompt {shlex.quote(prompt)}")
 
 
 def rows(console: Console, named: list[tuple[str, str]], width: int | None = None) -> None:
