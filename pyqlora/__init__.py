@@ -18,6 +18,7 @@ from pyqlora.kbit import prepare_model_for_kbit_training
 from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from pyqlora.matmul import matmul_4bit
 from pyqlora.model import PeftModel
+from pyqlora.ops.linear_cross_entropy import linear_cross_entropy
 from pyqlora.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from pyqlora.tasks import (
     PeftModelForCausalLM,
@@ -59,12 +60,14 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "causal_lm_loss",
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
+    "linear_cross_entropy",
     "load_peft_weights",
     "matmul_4bit",
     "prepare_model_for_kbit_training",
@@ -75,7 +78,10 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {"BitsAndBytesConfig": "pyqlora.integrations.transformers"}  # these import transformers
+_LAZY = {  # these import transformers
+    "BitsAndBytesConfig": "pyqlora.integrations.transformers",
+    "causal_lm_loss": "pyqlora.integrations.causal_lm",
+}
 
 
 def __getattr__(name: str):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import pad
 
 from pyqlora.finetune.batches import collate
 from pyqlora.finetune.encode import IGNORED, Encoded
+from pyqlora.integrations.causal_lm import causal_lm_loss
 
 EVAL_TOKENS = 2048  # tokens in one evaluation batch, padding included
 
@@ -26,22 +26,13 @@ def loss_sum(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         mask: 1 where `ids` is no padding [batch, length].
         labels: the token after each of the first length - 1 positions, or IGNORED [batch, length - 1].
 
-    The output layer runs only where some row of the batch has a label: with a large vocabulary, logits are the
-    largest tensor of a step.
+    Logits exist in chunks, and only of labelled positions: with a large vocabulary all of them would be the largest
+    tensor of a step.
     """
-    kept = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
     inputs = {"input_ids": ids, "use_cache": False}
     if not bool(mask.all()):
         inputs["attention_mask"] = mask
-    if "logits_to_keep" in inspect.signature(_innermost(model).forward).parameters:
-        logits = model(**inputs, logits_to_keep=kept).logits
-    else:
-        logits = model(**inputs).logits[:, kept]
-    return cross_entropy(logits.flatten(0, 1).float(), labels[:, kept].flatten(), reduction="sum", ignore_index=IGNORED)
-
-
-def _innermost(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return causal_lm_loss(model, pad(labels, (1, 0), value=IGNORED), num_items_in_batch=1, **inputs)
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 The Trainer saves adapters alone, resumes from them and trains a quantized model only if it finds a PeftModel, for which
 it asks PEFT; and it knows bitsandbytes' optimizers by name (`optim="paged_adamw_8bit"`). `register()` answers both
 questions in this process: the names by which the Trainer asks for PEFT's classes then include pyqlora's, whether PEFT
-is installed or not, and bitsandbytes' optimizer names give pyqlora's. `unregister()` takes it back. Putting an adapter
-on one of transformers' models to train it calls `register()`.
+is installed or not, and bitsandbytes' optimizer names give pyqlora's. And the Trainer's training steps, which want the
+loss alone, compute it without holding all logits (`pyqlora.integrations.causal_lm`). `unregister()` takes it back.
+Putting an adapter on one of transformers' models to train it calls `register()`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import nn
 from transformers import trainer, trainer_optimizer, trainer_utils
 
 from pyqlora import optim
+from pyqlora.integrations.causal_lm import chunked
 from pyqlora.model import PeftModel
 
 _ABSENT = object()
+_compute_loss = trainer.Trainer.compute_loss
 
 
 def register() -> None:
@@ -37,10 +40,12 @@ def register() -> None:
     _replace(trainer_utils.__dict__, "PeftMixedModel", mixed)
     for name in trainer_optimizer._BITSANDBYTES_OPTIMIZERS:
         _replace(trainer_optimizer._OPTIMIZER_HANDLERS, name, optimizer)
+    trainer.Trainer.compute_loss = chunked(_compute_loss)
 
 
 def unregister() -> None:
     """Undo `register()`."""
+    trainer.Trainer.compute_loss = _compute_loss
     while _before:
         names, name, value = _before.pop()
         if value is _ABSENT:

@@ -42,19 +42,6 @@ def test_mean_loss_equals_one_sample_at_a_time_with_all_logits(model, tokenizer)
     assert mean_loss(model, samples(tokenizer), tokenizer.pad_token_id) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_models_without_logits_to_keep_get_the_same_loss(model, tokenizer):
-    class Plain(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, input_ids, attention_mask=None, use_cache=None):
-            return self.inner(input_ids, attention_mask=attention_mask, use_cache=use_cache)
-
-    expected = mean_loss(model, samples(tokenizer), tokenizer.pad_token_id)
-    assert mean_loss(Plain(), samples(tokenizer), tokenizer.pad_token_id) == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_batch_of_completions_equals_one_at_a_time(model, tokenizer):
     prompts = [sample.prompt for sample in samples(tokenizer)]
     together = complete(model, prompts, tokenizer, 8)
