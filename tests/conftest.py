@@ -69,6 +69,7 @@ def backend(request):
             variant = name.partition("_")[2]
             device = emulation.device(variant if variant in ("checked", "asan", "changed") else "fast")
             device.module.set_order("reverse" if variant == "reverse" else "forward")
+            device.module.set_copies("early" if variant == "reverse" else "late")
             stack.enter_context(dispatch.override(device))
             stack.enter_context(emulation.fresh_outputs())
         yield Backend(name, torch.device("cuda" if name == "cuda" else "cpu"))

@@ -59,6 +59,10 @@ void launch(const char* op, const TensorRef& where, void* stream, Grid grid, voi
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = grid.shared;
     config.stream = static_cast<cudaStream_t>(stream);
+    constexpr size_t without_asking = 48 << 10;
+    if (grid.shared > without_asking)
+        check_cuda(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(grid.shared)));
     check_cuda(op, cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(args)...));
 }
 

@@ -31,6 +31,58 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
     return v;
 }
 
+// Copies 16 bytes from global to shared memory, both aligned, past the registers; zeros where `valid` is false. They
+// are there once their thread has waited for the group that it committed them with, for other threads after a barrier.
+// Before sm_80 the copy is done at once.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid = true) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const int bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
+#else
+    *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : uint4{};
+#endif
+}
+__device__ __forceinline__ void commit_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until no more than this many of the thread's groups, the latest ones, are under way.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory: lane 8 j + i gives the address of row i of matrix j (16
+// bytes, aligned), and lane l receives in r[j] elements 2 (l % 4) and the next of row l / 4; transposed, of column l
+// / 4.
+template <bool kTransposed = false>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+    const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+    if constexpr (kTransposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(from)
+                     : "memory");
+}
+
+// A barrier (1 to 15; 0 is __syncthreads) of `threads` threads, in whole warps, for parts of a block: some wait there,
+// others only say that they have come by.
+__device__ __forceinline__ void wait_at_barrier(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass_barrier(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // d = a * b + c on one warp: a 16x16 (row major), b 16x8 (column major), c and d 16x8. Lane l holds, with g = l / 4 and
 // t = l % 4: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t, 2t+1], a[2] = A[g][2t+8, +9], a[3] = A[g+8][2t+8, +9],
 // b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, +9][g], d[0, 1] = D[g][2t, 2t+1], d[2, 3] = D[g+8][2t, 2t+1].

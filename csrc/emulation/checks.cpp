@@ -1,12 +1,15 @@
 // The checked build: kernels are compiled with -fsanitize=thread but linked to the hooks below instead of libtsan.
 // Every byte of shared and device memory has a cell that remembers who touched it last: races (two threads, no barrier
-// in between), accesses outside an object, and reads of what no one wrote are errors.
+// in between), misaligned accesses and those outside an object, reads of what no one wrote, and any touch of what a
+// cp.async has yet to deliver are errors.
 #include "engine.h"
 
 #if !defined(PYQLORA_EMULATION_CHECKED)
 
 namespace emulation::checks {
 void access(const void*, size_t, bool) {}
+void access(const void*, size_t, bool, int) {}
+void in_flight(void*, size_t, bool) {}
 void begin_block() {}
 void allocated(void*, size_t) {}
 void written_by_host(void*, size_t) {}
@@ -28,7 +31,7 @@ struct Touch {
 };
 struct Cell {
     Touch write, read, other_read;
-    bool initialised;
+    bool initialised, in_flight;
 };
 std::vector<Cell> shared_cells;
 Cell* device_cells = nullptr;  // one a byte of the arena, mapped lazily
@@ -40,17 +43,15 @@ bool unordered(const Touch& before, const Position& now) {
     const Position& who = before.who;
     if (!before.set || who.launch != now.launch) return false;
     if (who.block != now.block) return true;
-    if (who.thread == now.thread || who.epoch != now.epoch) return false;
-    return who.thread / 32 != now.thread / 32 || who.warp_epoch == now.warp_epoch;
+    return who.thread != now.thread && !barrier_between(who, now);
 }
 
 // The cells of an access, after the bounds check; null for memory that is the host's (kernel arguments, stacks).
 Cell* cells_of(const char* p, size_t bytes, bool write, const char*& space, size_t& offset) {
     const char* verb = write ? "write" : "read";
-    const SharedSpan shared = shared_span();
-    if (p >= shared.begin && p < shared.begin + kSharedBytes) {
-        space = "shared", offset = p - shared.begin;
-        if (!inside_shared_object(offset, bytes))
+    if (is_shared(p)) {
+        space = "shared", offset = shared_offset(p);
+        if (!inside_shared_object(p, bytes))
             fail("out-of-bounds shared %s of %zu bytes at +0x%zx", verb, bytes, offset);
         return &shared_cells[offset];
     }
@@ -81,16 +82,22 @@ void allocated(void* p, size_t bytes) {
 
 void written_by_host(void* p, size_t bytes) {
     Cell* cell = device_cell(p);
-    for (size_t i = 0; i < bytes; ++i) cell[i] = Cell{{}, {}, {}, true};
+    for (size_t i = 0; i < bytes; ++i) cell[i] = Cell{{}, {}, {}, true, false};
+}
+
+void in_flight(void* p, size_t bytes, bool on) {
+    for (size_t i = 0; i < bytes; ++i) shared_cells[shared_offset(p) + i].in_flight = on;
 }
 
 void access(const void* p, size_t bytes, bool write) {
-    if (!inside_kernel()) return;
+    if (inside_kernel()) access(p, bytes, write, lane());
+}
+void access(const void* p, size_t bytes, bool write, int lane) {
     const char* space = "";
     size_t offset = 0;
     Cell* cell = cells_of(static_cast<const char*>(p), bytes, write, space, offset);
     if (!cell) return;
-    const Position me = position();
+    const Position me = position(lane);
     auto race = [&](const Touch& other, const char* first, const char* second, size_t at) {
         fail(
             "data race in %s memory +0x%zx: %s by thread %u of block %u, then %s by thread %u of block %u, no barrier "
@@ -98,6 +105,9 @@ void access(const void* p, size_t bytes, bool write) {
             space, at, first, other.who.thread, other.who.block - 1, second, me.thread, me.block - 1);
     };
     for (size_t i = 0; i < bytes; ++i, ++cell) {
+        if (cell->in_flight)
+            fail("%s shared memory +0x%zx before the wait for its cp.async", write ? "write to" : "read of",
+                 offset + i);
         if (unordered(cell->write, me)) race(cell->write, "write", write ? "write" : "read", offset + i);
         if (write) {
             if (unordered(cell->read, me)) race(cell->read, "read", "write", offset + i);
@@ -115,9 +125,14 @@ void access(const void* p, size_t bytes, bool write) {
 }  // namespace emulation::checks
 
 using emulation::checks::access;
+static void aligned_access(void* p, size_t bytes, bool write) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes && emulation::inside_kernel())
+        emulation::fail("%zu-byte access at the misaligned address %p", bytes, p);
+    access(p, bytes, write);
+}
 #define EMULATION_HOOK(bytes)                                                          \
-    extern "C" void __tsan_read##bytes(void* p) { access(p, bytes, false); }           \
-    extern "C" void __tsan_write##bytes(void* p) { access(p, bytes, true); }           \
+    extern "C" void __tsan_read##bytes(void* p) { aligned_access(p, bytes, false); }   \
+    extern "C" void __tsan_write##bytes(void* p) { aligned_access(p, bytes, true); }   \
     extern "C" void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false); } \
     extern "C" void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, true); }
 EMULATION_HOOK(1)

@@ -1,12 +1,9 @@
 #include "engine.h"
 
-#include <sys/mman.h>
-
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -21,7 +18,7 @@ thread_local dim3 blockDim, gridDim;
 namespace emulation {
 namespace {
 
-enum class State : uint8_t { ready, at_barrier, in_collective, finished };
+enum class State : uint8_t { ready, at_barrier, at_named_barrier, in_collective, finished };
 
 struct Thread {
     Fiber fiber;
@@ -40,10 +37,25 @@ struct Arrival {
     Combine combine;
     bool here;
 };
+// Of each warp, how many barriers it is known to have passed (a vector clock): what it did before them is done.
+constexpr int kMaxWarps = 32;
+struct Clock {
+    uint16_t of[kMaxWarps] = {};
+    void learn(const Clock& other) {
+        for (int w = 0; w < kMaxWarps; ++w) of[w] = std::max(of[w], other.of[w]);
+    }
+};
 struct Warp {
     unsigned alive = 0;
     uint16_t epoch = 0;
+    Clock clock;
     Arrival lanes[32] = {};
+};
+struct NamedBarrier {
+    int expected = 0, arrived = 0;  // threads
+    unsigned waiting = 0;           // warps
+    uint32_t releases = 0;
+    Clock joined;
 };
 
 struct Engine {
@@ -57,13 +69,9 @@ struct Engine {
     // __syncthreads
     int waiting = 0, votes = 0;
     Vote vote = none;
-    uint16_t epoch = 0;
     const char* barrier_file = "";
     int barrier_line = 0;
-    // shared memory
-    char* shared = nullptr;
-    size_t dynamic_bytes = 0, shared_top = 0, static_bytes = 0;
-    std::map<const void*, std::pair<size_t, size_t>> statics;  // key: offset, bytes
+    NamedBarrier named[16];
 
     Body body = nullptr;
     void* closure = nullptr;
@@ -98,7 +106,12 @@ void release_barrier() {
         make_ready(i);
     }
     engine.waiting = 0;
-    ++engine.epoch;
+    Clock joined;
+    for (size_t w = 0; w < engine.warps.size(); ++w) {
+        ++engine.warps[w].clock.of[w];
+        joined.learn(engine.warps[w].clock);
+    }
+    for (Warp& w : engine.warps) w.clock = joined;
 }
 
 // Computes a warp's collective once every live lane of its mask has arrived. `me`: the lane that is running, or -1.
@@ -147,7 +160,9 @@ void thread_main() {
 }
 
 std::string where(const Thread& t) {
-    const char* what = t.state == State::at_barrier ? "at __syncthreads" : "in a warp collective";
+    const char* what = t.state == State::at_barrier         ? "at __syncthreads"
+                       : t.state == State::at_named_barrier ? "at a named barrier"
+                                                            : "in a warp collective";
     char text[256];
     std::snprintf(text, sizeof text, "\n  thread (%u,%u,%u) %s %s:%d", t.index.x, t.index.y, t.index.z, what, t.file,
                   t.line);
@@ -157,16 +172,15 @@ std::string where(const Thread& t) {
 void begin_block(uint3 index, size_t dynamic_bytes) {
     blockIdx = index;
     ++engine.block;
-    engine.statics.clear();
-    engine.static_bytes = 0;
-    engine.shared_top = engine.dynamic_bytes = dynamic_bytes;
-    std::memset(engine.shared, 0xff, kSharedBytes);  // NaN for whoever reads before writing
+    begin_shared(dynamic_bytes);
+    begin_copies(engine.count);
     checks::begin_block();
     engine.warps.assign((engine.count + 31) / 32, Warp{});
     engine.ready.clear();
     engine.alive = engine.count;
     engine.waiting = 0;
-    engine.epoch = 1;
+    for (NamedBarrier& b : engine.named) b = {};
+    for (size_t w = 0; w < engine.warps.size(); ++w) engine.warps[w].clock.of[w] = 1;
     for (int i = 0; i < engine.count; ++i) {
         Thread& t = *engine.threads[i];
         t.linear = i;
@@ -238,33 +252,16 @@ void set_order(Order order, uint64_t seed) {
 
 int lane() { return engine.self->linear & 31; }
 bool inside_kernel() { return engine.self && !engine.failed; }
-Position position() {
-    const int t = engine.self->linear;
-    return {engine.launch, engine.block, static_cast<uint16_t>(t), engine.epoch, engine.warps[t / 32].epoch};
+Position position() { return position(lane()); }
+Position position(int lane) {
+    const int w = engine.self->linear / 32;
+    const Warp& warp = engine.warps[w];
+    return {engine.launch, engine.block, static_cast<uint16_t>(w * 32 + lane), warp.clock.of[w], warp.epoch};
 }
-
-SharedSpan shared_span() { return {engine.shared, engine.shared_top, engine.dynamic_bytes}; }
-bool inside_shared_object(size_t offset, size_t bytes) {
-    if (offset + bytes <= engine.dynamic_bytes) return true;
-    for (const auto& [key, place] : engine.statics) {
-        if (offset >= place.first && offset + bytes <= place.first + place.second) return true;
-    }
-    return false;
-}
-
-void* dynamic_shared() { return engine.shared; }
-void* static_shared(const void* key, size_t bytes, size_t align, const char* name) {
-    auto found = engine.statics.find(key);
-    if (found == engine.statics.end()) {
-        constexpr size_t gap = 16;  // between objects, so that running off one is seen
-        const size_t offset = (engine.shared_top + gap + align - 1) / align * align;
-        engine.shared_top = offset + bytes;
-        engine.static_bytes += bytes;
-        if (engine.static_bytes > kStaticSharedBytes) fail("more than 48 KiB of static shared memory at %s", name);
-        if (engine.shared_top > kSharedBytes) fail("more than 227 KiB of shared memory at %s", name);
-        found = engine.statics.emplace(key, std::pair(offset, bytes)).first;
-    }
-    return engine.shared + found->second.first;
+bool barrier_between(const Position& before, const Position& now) {
+    const int w = before.thread / 32;
+    if (engine.warps[now.thread / 32].clock.of[w] > before.clock) return true;
+    return w == now.thread / 32 && before.warp_epoch != now.warp_epoch;
 }
 
 void warp_collective(Collective kind, unsigned mask, void* operand, Combine combine, const char* file, int line) {
@@ -272,8 +269,8 @@ void warp_collective(Collective kind, unsigned mask, void* operand, Combine comb
     const int l = lane();
     Warp& warp = engine.warps[me.linear / 32];
     if (!(mask >> l & 1)) fail("lane %d is not in its own mask %08x at %s:%d", l, mask, file, line);
-    if (kind == mma && warp.alive != 0xffffffffu)
-        fail("mma with exited lanes (alive %08x) at %s:%d", warp.alive, file, line);
+    if ((kind == mma || kind == ldmatrix) && warp.alive != 0xffffffffu)
+        fail("mma or ldmatrix with exited lanes (alive %08x) at %s:%d", warp.alive, file, line);
     me.file = file, me.line = line;
     warp.lanes[l] = {kind, mask, operand, combine, true};
     if (!try_collective(warp, me.linear & ~31, mask, kind, l)) wait(State::in_collective, file, line);
@@ -299,13 +296,59 @@ int block_barrier(int predicate, Vote vote, const char* file, int line) {
     return engine.self->vote;
 }
 
-bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* closure, const char* kernel) {
+namespace {
+struct NamedArrival {
+    int id, threads;
+    bool wait;
+    uint32_t release;  // out: the barrier's count of releases that ends the wait
+};
+
+// Once for a warp: it arrives, and the last to arrive lets the others go.
+void arrive(unsigned lanes, void* const* operands) {
+    const auto& first = *static_cast<NamedArrival*>(operands[__builtin_ctz(lanes)]);
+    for (int l = 0; l < 32; ++l) {
+        const auto* a = lanes >> l & 1 ? static_cast<NamedArrival*>(operands[l]) : &first;
+        if (a->id != first.id || a->threads != first.threads || a->wait != first.wait)
+            fail("lanes of one warp arrive at different named barriers");
+    }
+    NamedBarrier& barrier = engine.named[first.id];
+    if (barrier.arrived && barrier.expected != first.threads)
+        fail("named barrier %d of %d threads meets one of %d", first.id, barrier.expected, first.threads);
+    barrier.expected = first.threads;
+    barrier.arrived += 32;
+    const int w = engine.self->linear / 32;
+    ++engine.warps[w].clock.of[w];
+    barrier.joined.learn(engine.warps[w].clock);
+    if (first.wait) barrier.waiting |= 1u << w;
+    for (int l = 0; l < 32; ++l) {
+        if (lanes >> l & 1) static_cast<NamedArrival*>(operands[l])->release = barrier.releases + 1;
+    }
+    if (barrier.arrived < barrier.expected) return;
+    for (size_t other = 0; other < engine.warps.size(); ++other) {
+        if (!(barrier.waiting >> other & 1)) continue;
+        engine.warps[other].clock.learn(barrier.joined);
+        for (size_t i = other * 32; i < std::min<size_t>(other * 32 + 32, engine.count); ++i) {
+            if (engine.threads[i]->state == State::at_named_barrier) make_ready(static_cast<int>(i));
+        }
+    }
+    const uint32_t releases = barrier.releases + 1;
+    barrier = {};
+    barrier.releases = releases;
+}
+}  // namespace
+
+void warp_barrier(int id, int threads, bool wait_there, const char* file, int line) {
+    if (id < 1 || id > 15) fail("named barrier %d: expected 1 to 15 at %s:%d", id, file, line);
+    if (threads < 1 || threads % 32)
+        fail("named barrier of %d threads: expected whole warps at %s:%d", threads, file, line);
+    NamedArrival arrival{id, threads, wait_there, 0};
+    warp_collective(named_barrier, 0xffffffffu, &arrival, arrive, file, line);
+    if (wait_there && engine.named[id].releases < arrival.release) wait(State::at_named_barrier, file, line);
+}
+
+bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* closure) {
     const std::lock_guard lock(engine.mutex);
     if (engine.failed) return false;  // like a real device, until reset
-    if (!engine.shared) {
-        void* p = mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        engine.shared = static_cast<char*>(p);
-    }
     engine.count = static_cast<int>(block.x * block.y * block.z);
     while (engine.threads.size() < static_cast<size_t>(engine.count))
         engine.threads.push_back(std::make_unique<Thread>());
@@ -318,9 +361,7 @@ bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* clos
             for (unsigned x = 0; x < grid.x; ++x) {
                 begin_block({x, y, z}, dynamic_bytes);
                 run_block();
-                if (!engine.failed) continue;
-                engine.report = std::string(kernel) + ": " + engine.report;
-                return false;
+                if (engine.failed) return false;
             }
         }
     }

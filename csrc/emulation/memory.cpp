@@ -71,6 +71,8 @@ const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
         case cudaSuccess:
             return "cudaSuccess";
+        case cudaErrorInvalidValue:
+            return "cudaErrorInvalidValue";
         case cudaErrorInvalidConfiguration:
             return "cudaErrorInvalidConfiguration";
         case cudaErrorLaunchFailure:

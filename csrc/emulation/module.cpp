@@ -3,6 +3,7 @@
 
 #include "cuda_runtime.h"
 #include "ops/bind.h"
+#include "probes.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -42,4 +43,19 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
                                  seed);
         },
         "order"_a, "seed"_a = 1, "In which order the threads run between barriers.");
+    m.def(
+        "set_copies",
+        [](const std::string& when) {
+            if (when != "late" && when != "early")
+                throw py::value_error("set_copies: expected late or early, got " + when);
+            emulation::set_copies(when == "late" ? emulation::Copies::late : emulation::Copies::early);
+        },
+        "when"_a, "When cp.async moves its bytes: at the wait, or at once.");
+    m.def(
+        "probe",
+        [](const std::string& name, int misuse, uintptr_t in, uintptr_t out) {
+            pyqlora::cuda::probe(name, misuse, reinterpret_cast<const int*>(in), reinterpret_cast<int*>(out), nullptr);
+        },
+        "name"_a, "misuse"_a, "input"_a, "output"_a, "Run a kernel of probes.cu.");
+    m.attr("PROBE_INTS") = pyqlora::cuda::kProbeInts;
 }

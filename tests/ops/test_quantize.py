@@ -15,7 +15,7 @@ from pyqlora.ops import quantize as ops
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # 8 bits: from 64 on
-SIZES = (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 8191)
+SIZES = (1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 192, 4095, 4096, 4097, 8191)  # 192: ends in a block of zeros
 
 
 def weights(n, dtype, seed=0):

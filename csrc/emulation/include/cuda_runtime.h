@@ -27,18 +27,29 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 {
-    unsigned x, y;
-};
-struct alignas(16) uint4 {
-    unsigned x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
-};
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
+
+namespace emulation {
+template <class V>
+V& assign(V& to, const V& from) {
+    if (reinterpret_cast<uintptr_t>(&to) % sizeof(V))
+        fail("%zu-byte access at the misaligned address %p", sizeof(V), static_cast<void*>(&to));
+    std::memcpy(&to, &from, sizeof(V));
+    return to;
+}
+}  // namespace emulation
+
+// Vector types are stored as a whole.
+#define EMULATION_VECTOR(V, T, bytes, ...)                                     \
+    struct alignas(bytes) V {                                                  \
+        T __VA_ARGS__;                                                         \
+        V& operator=(const V& from) { return emulation::assign(*this, from); } \
+    };
+EMULATION_VECTOR(int2, int, 8, x, y)
+EMULATION_VECTOR(int4, int, 16, x, y, z, w)
+EMULATION_VECTOR(uint2, unsigned, 8, x, y)
+EMULATION_VECTOR(uint4, unsigned, 16, x, y, z, w)
+EMULATION_VECTOR(float2, float, 8, x, y)
+EMULATION_VECTOR(float4, float, 16, x, y, z, w)
 
 extern thread_local uint3 threadIdx, blockIdx;
 extern thread_local dim3 blockDim, gridDim;

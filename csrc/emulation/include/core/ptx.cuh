@@ -15,6 +15,53 @@ namespace pyqlora::cuda {
 inline uint32_t load_streaming(const uint32_t* p) { return __ldg(p); }
 inline uint2 load_streaming(const uint2* p) { return __ldg(p); }
 
+inline void copy_async_16(void* shared, const void* global, bool valid = true, EMULATION_HERE) {
+    emulation::copy_async(shared, global, 16, valid ? 16 : 0, file, line);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int kPending>
+void wait_copies() {
+    emulation::wait_copies(kPending);
+}
+
+struct LoadMatrices {
+    uint32_t* r;
+    const void* row;
+    const char* file;
+    int line;
+};
+template <bool kTransposed>
+void load_matrices_lanes(unsigned, void* const* operands) {
+    for (int l = 0; l < 32; ++l) {
+        for (int j = 0; j < 4; ++j) {
+            uint32_t word = 0;
+            for (int h = 0; h < 2; ++h) {
+                const int along = l % 4 * 2 + h, i = kTransposed ? along : l / 4, k = kTransposed ? l / 4 : along;
+                const auto* o = static_cast<LoadMatrices*>(operands[8 * j + i]);
+                if (!emulation::inside_shared_object(o->row, 16) || emulation::shared_offset(o->row) % 16)
+                    emulation::fail("ldmatrix of no aligned row of shared memory at %s:%d", o->file, o->line);
+                const auto* element = static_cast<const uint16_t*>(o->row) + k;
+                emulation::checks::access(element, 2, false, l);
+                word |= static_cast<uint32_t>(*element) << 16 * h;
+            }
+            static_cast<LoadMatrices*>(operands[l])->r[j] = word;
+        }
+    }
+}
+template <bool kTransposed = false>
+void load_matrices(uint32_t (&r)[4], const void* row, EMULATION_HERE) {
+    LoadMatrices operands{r, row, file, line};
+    emulation::warp_collective(emulation::ldmatrix, 0xffffffffu, &operands, load_matrices_lanes<kTransposed>, file,
+                               line);
+}
+
+inline void wait_at_barrier(int barrier, int threads, EMULATION_HERE) {
+    emulation::warp_barrier(barrier, threads, true, file, line);
+}
+inline void pass_barrier(int barrier, int threads, EMULATION_HERE) {
+    emulation::warp_barrier(barrier, threads, false, file, line);
+}
+
 // Lane l's registers, as in the comment of the original. Sums in double and rounds once: hardware is less exact.
 struct MmaOperands {
     float* d;

@@ -3,6 +3,7 @@
 
 enum cudaError_t {
     cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
@@ -32,19 +33,27 @@ bool device_argument(const T& argument) {
 inline bool valid(const cudaLaunchConfig_t& c) {
     const dim3 g = c.gridDim, b = c.blockDim;
     const uint64_t threads = static_cast<uint64_t>(b.x) * b.y * b.z;
-    return g.x && g.y && g.z && g.x < 1u << 31 && g.y < 65536 && g.z < 65536 && threads && threads <= 1024 &&
-           b.z <= 64 && c.dynamicSmemBytes <= kStaticSharedBytes;
+    return g.x && g.y && g.z && g.x < 1u << 31 && g.y < 65536 && g.z < 65536 && threads && threads <= 1024 && b.z <= 64;
 }
 }  // namespace emulation
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    return emulation::set_dynamic_limit(reinterpret_cast<const void*>(kernel), bytes) ? cudaSuccess
+                                                                                      : cudaErrorInvalidValue;
+}
 
 template <class... Parameters, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Args&&... args) {
     if (!emulation::valid(*config)) return cudaErrorInvalidConfiguration;
+    if (!emulation::dynamic_shared_allowed(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes))
+        return cudaErrorInvalidValue;
     if (!(emulation::device_argument<std::decay_t<Args>>(args) && ...))
         return emulation::refuse("a kernel argument points to host memory"), cudaErrorLaunchFailure;
     auto call = [&] { kernel(static_cast<Parameters>(args)...); };
     const bool ok = emulation::run_grid(
         config->gridDim, config->blockDim, config->dynamicSmemBytes,
-        [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call, __PRETTY_FUNCTION__);
+        [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call);
     return ok ? cudaSuccess : cudaErrorLaunchFailure;
 }
