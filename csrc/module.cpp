@@ -14,6 +14,8 @@ PYBIND11_MODULE(_C, m) {
     py::module_ cpu = m.def_submodule("cpu", "Kernels on CPU tensors; `context` is the number of threads.");
     py::module_ cuda = m.def_submodule("cuda", "Kernels on CUDA tensors; `context` is a cudaStream_t.");
     m.attr("with_cuda") = static_cast<bool>(PYQLORA_BIND_CUDA);
+    m.attr("cuda_architectures") = PYQLORA_CUDA_ARCHITECTURES;  // CMake's names, with spaces in between
+    m.attr("cuda_toolkit") = PYQLORA_CUDA_TOOLKIT;
 
     cpu.def("isa", [] { return pyqlora::cpu::name(pyqlora::cpu::active_isa()); }, "Instruction set in use.");
     cpu.def("set_isa", &pyqlora::cpu::set_isa, "Use this instruction set from now on; '' for the default.");

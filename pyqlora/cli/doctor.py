@@ -1,22 +1,18 @@
-"""`pyqlora doctor`: what this installation can use, in one line."""
+"""`pyqlora doctor`: what this installation is, and what it will run on here."""
 
 from __future__ import annotations
 
 
 def doctor() -> None:
-    """Print version, device, instruction set and CUDA in one line."""
+    """Print the versions, and in the last line whether the kernels run on this machine's GPU, or else on its CPU."""
     import torch
 
     import pyqlora
     from pyqlora import _C
+    from pyqlora.cli import gpus
 
-    if not _C.with_cuda:
-        cuda = "CUDA no (built without nvcc)"
-    elif not torch.cuda.is_available():
-        cuda = "CUDA no (built in, but torch sees no GPU)"
-    else:
-        cuda = f"CUDA yes ({torch.cuda.get_device_name()})"
-    threads = torch.get_num_threads()
-    print(
-        f"ok: pyqlora {pyqlora.__version__}, torch {torch.__version__}, CPU {_C.cpu.isa()} x {threads} threads, {cuda}"
-    )
+    build = gpus.installed_build()
+    cuda = f"CUDA {build.toolkit} for {' '.join(build.architectures)}" if build.architectures else "no CUDA kernels"
+    print(f"pyqlora {pyqlora.__version__} ({cuda}), torch {torch.__version__}, {torch.get_num_threads()} threads")
+    torch_has_cuda = torch.version.cuda is not None
+    print(f"ok: {gpus.verdict(gpus.visible_gpus(), build, _C.cpu.isa(), gpus.driver_version(), torch_has_cuda)}")
