@@ -191,7 +191,6 @@ UNSUPPORTED = {
     "use_bdlora": (None, "BD-LoRA"),
     "arrow_config": (None, "Arrow"),
     "kasa_config": (None, "KaSA"),
-    "target_parameters": (None, "adapters on expert parameters (target_parameters)"),
 }
 UNSUPPORTED_INITS = {"corda": "CorDA", "lora_ga": "LoRA-GA", "mica": "MiCA"}
 
@@ -221,7 +220,8 @@ class LoraConfig(PeftConfig):
         use_dora: weight-decomposed update (Liu et al. 2024, arXiv:2402.09353).
         layer_replication: [start, end) ranges of layers of which the adapted model is stacked, sharing base weights.
         lora_bias: give B a bias.
-        target_parameters: expert parameters to adapt; not supported yet, and refused.
+        target_parameters: names of single parameters to adapt, [out, in] or [experts, out, in], as the stacked experts
+            of a mixture; matched by the end of the full name.
         ensure_weight_tying: adapt tied layers with one shared adapter.
     """
 
@@ -278,16 +278,19 @@ class LoraConfig(PeftConfig):
         if self.init_lora_weights in UNSUPPORTED_INITS:
             method = UNSUPPORTED_INITS[self.init_lora_weights]
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r}: pyqlora does not have {method}")
-        if self.bias not in ("none", "all", "lora_only"):
-            raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or 'lora_only'")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = self.rank_pattern or {}
         self.alpha_pattern = self.alpha_pattern or {}
+        self._custom_modules: dict[type, type] = {}
         self._check_layer_selection()
         self._check_initialisation()
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Use own subclasses of a LoRA layer for kinds of base layers: {kind: subclass}; not written to files."""
+        self._custom_modules.update(mapping)
 
     def _check_layer_selection(self) -> None:
         if isinstance(self.target_modules, str):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -30,16 +32,9 @@ def is_4bit(layer: nn.Module) -> bool:
     return quant_state(layer) is not None
 
 
-def weight_of(layer: nn.Module) -> Tensor | None:
-    """The layer's weight parameter as it is; None for a layer without one."""
-    if isinstance(layer, nn.MultiheadAttention):
-        layer = layer.out_proj
-    return getattr(layer, "weight", None)
-
-
-def float_dtype(layer: nn.Module) -> torch.dtype | None:
-    """The dtype in which an adapter starts beside this layer; None where the weight does not tell."""
-    dtype = getattr(layer, "compute_dtype", None) if is_4bit(layer) else weight_of(layer).dtype
+def float_dtype(layer: nn.Module, weight: Tensor) -> torch.dtype | None:
+    """The dtype in which an adapter of the layer's weight starts; None where the weight does not tell."""
+    dtype = getattr(layer, "compute_dtype", None) if is_4bit(layer) else weight.dtype
     return dtype if dtype in FLOATS else None
 
 
@@ -51,7 +46,11 @@ def read(layer: nn.Module) -> Tensor | None:
         state = copy.copy(quant_state(layer))
         state.dtype = torch.float32
         return dequantize_4bit(layer.weight.data, state).view(state.shape)
-    weight = weight_of(layer)
+    return widened(layer.weight)
+
+
+def widened(weight: Tensor) -> Tensor | None:
+    """A copy in float32 (float64 of such a tensor); None for a dtype unknown here."""
     if weight.dtype not in FLOATS:
         return None
     return weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -119,3 +118,28 @@ def dequantize_model(model: nn.Module) -> None:
     for attribute in ("hf_quantizer", "quantization_method"):
         if attribute in model.__dict__:
             delattr(model, attribute)
+
+
+def with_values(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    """A module that computes what `module` does, but with these tensors in place of its own of that name.
+
+    All else is shared, and `module` stays as it is: several threads may run one with different values at a time.
+    """
+    kind = type(module)
+    shown_by_class = {name: value for name, value in values.items() if name not in module._parameters}
+    if shown_by_class:  # parametrized: torch has put a property into the class
+        kind = type(kind.__name__, (kind,), shown_by_class)
+    twin = object.__new__(kind)
+    twin.__dict__ = {name: _rebound(value, module, twin) for name, value in module.__dict__.items()}
+    plain = {name: value for name, value in values.items() if name not in shown_by_class}
+    twin.__dict__["_parameters"] = {**module._parameters, **plain}
+    return twin
+
+
+def _rebound(value: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A method or partial of `old`, such as a forward that accelerate has replaced, as one of `new`."""
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return MethodType(value.__func__, new)
+    if isinstance(value, partial) and value.args and value.args[0] is old:
+        return partial(value.func, new, *value.args[1:], **value.keywords)
+    return value

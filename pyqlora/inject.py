@@ -118,9 +118,11 @@ def resolve_targets(config: LoraConfig, model: nn.Module) -> None:
     Raises:
         ValueError: nothing to target is named and the model type is unknown.
     """
-    if config.target_modules is None and not config.target_parameters:
+    if config.target_modules is None:
         model_type = model_config(model).get("model_type")
         if model_type not in DEFAULT_TARGETS:
+            if config.target_parameters:
+                return
             raise ValueError(
                 f"Please specify `target_modules` or `target_parameters` in the config: there is no default for "
                 f"model type {model_type!r}; target_modules='{ALL_LINEAR}' adapts every linear layer"
@@ -151,7 +153,8 @@ def minimal_targets(targets: Iterable[str], others: Iterable[str]) -> set[str]:
 
 def all_linear_names(config: LoraConfig, model: nn.Module) -> set[str]:
     """Full names of all linear layers, also those that carry an adapter already, but not of the output head."""
-    from pyqlora.layers import LoraLayer, is_linear
+    from pyqlora.kinds import is_linear
+    from pyqlora.lora_layer import LoraLayer
 
     heads = []
     if hasattr(model, "get_output_embeddings"):

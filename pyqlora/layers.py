@@ -1,16 +1,14 @@
-"""The LoRA layers, one for each kind of base layer, and which one a module gets."""
+"""The LoRA layers of the kinds of base layer that have a weight of their own: linear, embedding, convolution."""
 
 # ruff: noqa: D102 - LoraLayer says what the methods do
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from pyqlora import dense
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.ops.lora_linear import compute_dtype, lora_linear
@@ -169,47 +167,3 @@ class Conv2d(ConvNd):
 
 class Conv3d(ConvNd):
     """LoRA on nn.Conv3d."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether "all-linear" adapts the module."""
-    return isinstance(module, nn.Linear) or dense.is_transposed(module)
-
-
-LAYERS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
-    (is_linear, Linear),
-    (lambda module: isinstance(module, nn.Embedding), Embedding),
-    (lambda module: isinstance(module, nn.Conv1d), Conv1d),
-    (lambda module: isinstance(module, nn.Conv2d), Conv2d),
-    (lambda module: isinstance(module, nn.Conv3d), Conv3d),
-]
-
-
-def make_layer(target: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float) -> LoraLayer:
-    """The LoRA layer for a module of the base model.
-
-    Raises:
-        ValueError: a kind of module without one.
-    """
-    for fits, kind in LAYERS:
-        if fits(target):
-            check_orientation(config, target)
-            return kind(target, adapter_name, config, r, lora_alpha)
-    raise ValueError(
-        f"Target module {target} is not supported. Currently, only the following modules are supported: "
-        "`torch.nn.Linear`, `pyqlora.nn.Linear4bit`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
-        "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D`."
-    )
-
-
-def check_orientation(config: LoraConfig, target: nn.Module) -> None:
-    """Correct a fan_in_fan_out that does not fit the module, with a warning."""
-    transposed = dense.is_transposed(target)
-    if config.fan_in_fan_out != transposed and is_linear(target):
-        kind = "a transformers Conv1D" if transposed else "`torch.nn.Linear`"
-        warnings.warn(
-            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is {kind}. "
-            f"Setting fan_in_fan_out to {transposed}.",
-            stacklevel=3,
-        )
-        config.fan_in_fan_out = transposed

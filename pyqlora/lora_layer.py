@@ -78,6 +78,10 @@ class LoraLayer(nn.Module):
         delta = b.float() @ a.float()
         return delta.t() if self.fan_in_fan_out else delta
 
+    def scaled_update(self, name: str) -> Tensor:
+        """What the adapter adds to the base weight, in float32."""
+        return self.delta_matrix(name) * self.scaling[name]
+
     def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result`, which may be overwritten, with the adapter's plain LoRA update of `x` added."""
         raise NotImplementedError
@@ -145,10 +149,10 @@ class LoraLayer(nn.Module):
 
     def move_adapter(self, name: str) -> None:
         """Bring an adapter to the base layer's device, and to its dtype if that is a floating one."""
-        weight = dense.weight_of(self.get_base_layer())
+        weight = self.adapted_weight()
         if weight is None:
             return
-        dtype = dense.float_dtype(self.get_base_layer())
+        dtype = dense.float_dtype(self.get_base_layer(), weight)
         for parameter in self.adapter_parameters(name):
             if parameter.device.type != "meta":
                 parameter.data = parameter.data.to(device=weight.device, dtype=dtype)
@@ -264,16 +268,41 @@ class LoraLayer(nn.Module):
         """The base layer's bias."""
         return self.get_base_layer().bias
 
+    def adapted_weight(self) -> Tensor | None:
+        """The parameter that adapters update, as the base layer holds it; None if it holds none."""
+        return getattr(self.get_base_layer(), "weight", None)
+
+    def read_weight(self) -> Tensor | None:
+        """A new float32 tensor of that parameter's values; None for a format unknown here."""
+        return dense.read(self.get_base_layer())
+
+    def write_weight(self, weight: Tensor) -> None:
+        """Replace that parameter's values, rounded or quantized to what it holds."""
+        dense.write(self.get_base_layer(), weight)
+
+    def updating(self) -> list[str]:
+        """The adapters that a forward pass adds: the active ones that the layer has, unless disabled or merged."""
+        return (
+            [] if self._disable_adapters or self.merged else [name for name in self._active_adapters if name in self.r]
+        )
+
+    def weight_with_updates(self) -> Tensor:
+        """The adapted weight plus these adapters' updates, for a base layer that reads it: in float32, rounded once."""
+        weight = self.adapted_weight()
+        with torch.autocast(weight.device.type, enabled=False):
+            updates = [self.scaled_update(name) for name in self.updating()]
+            return sum(updates, weight.float()).to(weight.dtype) if updates else weight
+
     def splittable_weight(self, method: str) -> Tensor:
         """The base weight as a float32 [out, in] matrix, for an initialiser that takes a part out of it."""
-        weight = dense.read(self.get_base_layer())
+        weight = self.read_weight()
         if weight is None:
             raise TypeError(f"{method} initialisation needs a float32, float16, bfloat16 or 4-bit base weight")
         return weight.t() if self.fan_in_fan_out else weight
 
     def set_weight(self, weight: Tensor) -> None:
-        """Write a float32 [out, in] matrix to the base layer, rounded or quantized to what it holds."""
-        dense.write(self.get_base_layer(), weight.t() if self.fan_in_fan_out else weight)
+        """Write a float32 [out, in] matrix to the base layer."""
+        self.write_weight(weight.t() if self.fan_in_fan_out else weight)
 
     # --- merging -----------------------------------------------------------------------------------------------------
 
@@ -299,14 +328,11 @@ class LoraLayer(nn.Module):
         if self._disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters or self.merged:
-            return result
         if names is not None:
-            return self.update_rows(names, x, result)
-        for name in self._active_adapters:
-            if name in self.r:
-                update = Dora.update if self.use_dora[name] else type(self).update
-                result = update(self, name, x, result)
+            return result if self._disable_adapters else self.update_rows(names, x, result)
+        for name in self.updating():
+            update = Dora.update if self.use_dora[name] else type(self).update
+            result = update(self, name, x, result)
         return result
 
     def _check_rows(self, names: list[str]) -> None:

@@ -38,10 +38,10 @@ def merge(
     if not names:
         return
     base = layer.get_base_layer()
-    original = weight = dense.read(base)
+    original = weight = layer.read_weight()
     bias = None if getattr(base, "bias", None) is None else base.bias.float()
     for name in names:
-        weight = weight + layer.delta_matrix(name) * layer.scaling[name]
+        weight = weight + layer.scaled_update(name)
         if layer.use_dora[name]:
             layer._dora_factors[name] = Dora.factor(layer, name, unmerged_weight(layer, original))
             weight = weight * layer.along_features(layer._dora_factors[name])
@@ -57,7 +57,7 @@ def merge(
         replace_base(layer, merged)
         base = merged
     else:
-        dense.write(base, weight)
+        layer.write_weight(weight)
     if bias is not None:
         base.bias.data = bias.to(base.bias.dtype)
     layer.merged_adapters += names
@@ -75,7 +75,7 @@ def unmerge(layer: LoraLayer) -> None:
         layer.merged_adapters.clear()
         return
     base = layer.get_base_layer()
-    dense.write(base, unmerged_weight(layer, dense.read(base)))
+    layer.write_weight(unmerged_weight(layer, layer.read_weight()))
     for name in layer.merged_adapters:
         if layer.lora_bias[name]:
             base.bias.data -= (layer.lora_B[name].bias * layer.scaling[name]).to(base.bias.dtype)
@@ -89,7 +89,7 @@ def unmerged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
     for name in reversed(layer.merged_adapters):
         if layer.use_dora[name]:
             weight = weight / layer.along_features(layer._dora_factors[name])
-        weight = weight - layer.delta_matrix(name) * layer.scaling[name]
+        weight = weight - layer.scaled_update(name)
     return weight
 
 

@@ -12,25 +12,23 @@ from torch import Tensor, nn
 
 from pyqlora.auxiliary import ModulesToSaveWrapper, wrap_modules_to_save
 from pyqlora.config import LoraConfig, PeftConfig
-from pyqlora.inject import EXCLUDED, match, no_match_error, pattern_value, resolve_targets
-from pyqlora.layers import make_layer
+from pyqlora.inject import no_match_error, pattern_value, resolve_targets
+from pyqlora.kinds import make_layer
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.merge_check import checked
+from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
-from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
+from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_targets
+from pyqlora.trainable_tokens import wrap_trainable_tokens
 from pyqlora.unload import unload, untie
 from pyqlora.weighted import fill, weighted_config
-
-COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
-Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
-Adapted = LoraLayer | Wrapper
 
 
 class LoraModel(nn.Module):
     """Holds the adapted model as `model`, so that names read `base_model.model.<path>` as in PEFT."""
 
-    prefix = "lora_"
+    prefix = PREFIX
     tuner_layer_cls = LoraLayer
 
     def __init__(
@@ -48,6 +46,7 @@ class LoraModel(nn.Module):
         self.peft_config.update(config if isinstance(config, dict) else {adapter_name: config})
         self._active_adapters = [adapter_name]
         self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
         self.train(model.training)
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         model.peft_config = self.peft_config
@@ -120,15 +119,21 @@ class LoraModel(nn.Module):
             replicate_layers(model, config.layer_replication)
         first = not any(True for _ in self.adapted())
         resolve_targets(config, model)
-        targets = self._targets(config, model, state_dict)
+        targets, excluded, missed = find_targets(config, model, state_dict)
         trainable = [] if first else [p for p in model.parameters() if p.requires_grad]
         for name, module in targets:
             r = pattern_value(config.rank_pattern, name, config.r)
             alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self._adapt(model, name, module, adapter_name, config, r, alpha)
-        self._warn_about_patterns(config, [name for name, _ in targets])
-        self.targeted_module_names += [name for name, _ in targets if name not in self.targeted_module_names]
+        modules = [name for name, _ in targets]
+        with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+            parameters = wrap_parameters(model, config, adapter_name)
+        if not modules and not parameters:
+            raise no_match_error(config, model, excluded, missed)
+        warn_about_targets(config, modules, parameters, excluded or state_dict is not None)
+        self.targeted_module_names += [name for name in modules if name not in self.targeted_module_names]
+        self.targeted_parameter_names += [name for name in parameters if name not in self.targeted_parameter_names]
         active = adapter_name in self.active_adapters
         wrap_modules_to_save(model, config, adapter_name, active)
         wrap_trainable_tokens(model, config, adapter_name, active)
@@ -143,55 +148,16 @@ class LoraModel(nn.Module):
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
                 "adapters."
             )
-
-    def _targets(
-        self, config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
-    ) -> list[tuple[str, nn.Module]]:
-        """(name, module) of what to adapt, not looking inside layers that are adapted already."""
-        stored = None
-        if state_dict is not None:
-            stored = {key.rsplit(f".{self.prefix}", 1)[0].removeprefix(COMPILED) for key in state_dict}
-        targets, inside, excluded, missed = [], (), False, False
-        for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)):
-                continue
-            if isinstance(module, Adapted):
-                inside += (f"{name}.",)
-            chosen = match(config, name) if stored is None else name.removeprefix(COMPILED) in stored
-            if chosen:
-                targets.append((name, module))
-            excluded |= chosen is EXCLUDED
-            missed |= not chosen and chosen is not EXCLUDED
-        if not targets:
-            raise no_match_error(config, model, excluded, missed)
-        if stored is not None:
-            self._warn_about_difference(config, model, {name for name, _ in targets})
-        if config.exclude_modules and not excluded and stored is None:
-            warnings.warn(
-                f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
-                "Please check that exclude_modules was set correctly.",
-                stacklevel=5,
-            )
-        return targets
-
-    def _warn_about_difference(self, config: LoraConfig, model: nn.Module, stored: set[str]) -> None:
-        """Say where the layers of a state dict are not those that the config selects."""
-        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
-        names = [name for name, _ in model.named_modules() if name and not name.startswith(layers)]
-        configured = {name for name in names if match(config, name)}
-        text = ""
-        if more := sorted(configured - stored):
-            text += f"The PEFT config contained these additional target modules: {more}. "
-        if more := sorted(stored - configured):
-            text += f"The state_dict contained these additional target modules: {more}. "
-        if text:
-            warnings.warn(
-                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
-                "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
-                + text,
-                RuntimeWarning,
-                stacklevel=6,
-            )
+        if config.bias not in ("none", "all", "lora_only"):
+            raise NotImplementedError(f"Requested bias: {config.bias}, expected 'none', 'all' or 'lora_only'")
+        for name, other in self.peft_config.items():
+            given, theirs = (set(c.target_parameters or ()) for c in (config, other))
+            if given and theirs and given != theirs:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(given)} for the new adapter and {sorted(theirs)} for adapter "
+                    f"'{name}'."
+                )
 
     def _adapt(
         self,
@@ -209,17 +175,6 @@ class LoraModel(nn.Module):
         layer = make_layer(module, adapter_name, config, r, alpha)
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, layer)
-
-    def _warn_about_patterns(self, config: LoraConfig, names: list[str]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            patterns = getattr(config, field)
-            unused = [key for key in patterns if all(pattern_value({key: True}, name, None) is None for name in names)]
-            if unused:
-                warnings.warn(
-                    f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
 
     def _freeze_base(self) -> None:
         """Leave only adapters, modules_to_save and the biases that the active configs name trainable."""

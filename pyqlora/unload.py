@@ -24,6 +24,7 @@ def unload(
     """Take all adapters out of a model, in place; arguments as in LoraModel.merge_and_unload."""
     kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names.reverse()  # the innermost first: LoRA layers may hold others
     for name in _progress(names, progressbar, "Unloading and merging model" if merge else "Unloading model"):
         module = model.get_submodule(name)
         if isinstance(module, LoraLayer):

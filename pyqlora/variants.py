@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pyqlora import dense
 from pyqlora.config import LoraConfig
 
 if TYPE_CHECKING:
@@ -200,8 +199,8 @@ class Dora:
     def norm(layer: LoraLayer, name: str, weight: Tensor | None = None) -> Tensor:
         """‖W + sBA‖ for each output feature, in float32, in the shape of the magnitudes."""
         if weight is None:
-            weight = dense.read(layer.get_base_layer())
-        adapted = weight + layer.delta_matrix(name) * layer.scaling[name]
+            weight = layer.read_weight()
+        adapted = weight + layer.scaled_update(name)
         return layer.feature_rows(adapted).norm(dim=1).view(layer.norm_shape())
 
     @staticmethod

@@ -66,13 +66,11 @@ def test_runtime_config_is_not_read(tmp_path):
     "kwargs, text",
     [
         ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'"),
-        ({"bias": "some"}, "bias='some': expected"),
         ({"alora_invocation_tokens": [1]}, "does not have Activated LoRA"),
         ({"arrow_config": {"top_k": 1}}, "does not have Arrow"),
         ({"kasa_config": 1}, "KaSA"),
         ({"use_bdlora": 1}, "BD-LoRA"),
         ({"velora_config": 1}, "VeLoRA"),
-        ({"target_parameters": ["w1"]}, "adapters on expert parameters"),
         ({"monteclora_config": 1}, "Monte-Carlo"),
         ({"init_lora_weights": "mica"}, "MiCA"),
         ({"init_lora_weights": "corda"}, "CorDA"),

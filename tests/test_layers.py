@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pyqlora import LoraConfig, dense, get_peft_model
-from pyqlora.layers import Conv2d, Embedding, Linear, make_layer
+from pyqlora.kinds import make_layer
+from pyqlora.layers import Conv2d, Embedding, Linear
 from pyqlora.nn import Linear4bit
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,92 @@
+"""The modules of a model that get an adapter, and what is said about those that do not."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor, nn
+
+from pyqlora.auxiliary import ModulesToSaveWrapper
+from pyqlora.config import LoraConfig
+from pyqlora.inject import EXCLUDED, match, pattern_value
+from pyqlora.lora_layer import LoraLayer
+from pyqlora.trainable_tokens import TrainableTokensWrapper
+
+PREFIX = "lora_"  # how the names of LoRA's parameters start
+COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
+Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
+Adapted = LoraLayer | Wrapper
+
+
+def find_targets(
+    config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+) -> tuple[list[tuple[str, nn.Module]], bool, bool]:
+    """(name, module) of what to adapt, and whether any was excluded and any not targeted.
+
+    Layers that are adapted already are not looked into.
+    """
+    stored = None
+    if state_dict is not None and config.target_parameters:
+        raise ValueError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`. This "
+            "is not supported -- when using `target_parameters`, please inject the adapter without the state_dict."
+        )
+    if state_dict is not None:
+        stored = {key.rsplit(f".{PREFIX}", 1)[0].removeprefix(COMPILED) for key in state_dict}
+    targets, inside, excluded, missed = [], (), False, False
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, Adapted):
+            inside += (f"{name}.",)
+        chosen = match(config, name) if stored is None else name.removeprefix(COMPILED) in stored
+        if chosen:
+            targets.append((name, module))
+        excluded |= chosen is EXCLUDED
+        missed |= not chosen and chosen is not EXCLUDED
+    if stored is not None and targets:
+        _warn_about_difference(config, model, {name for name, _ in targets})
+    return targets, excluded, missed
+
+
+def _warn_about_difference(config: LoraConfig, model: nn.Module, stored: set[str]) -> None:
+    """Say where the layers of a state dict are not those that the config selects."""
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(layers)]
+    configured = {name for name in names if match(config, name)}
+    text = ""
+    if more := sorted(configured - stored):
+        text += f"The PEFT config contained these additional target modules: {more}. "
+    if more := sorted(stored - configured):
+        text += f"The state_dict contained these additional target modules: {more}. "
+    if text:
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. " + text,
+            RuntimeWarning,
+            stacklevel=6,
+        )
+
+
+def warn_about_targets(config: LoraConfig, modules: list[str], parameters: list[str], may_keep_all: bool) -> None:
+    """Say which settings have not done anything."""
+    if config.exclude_modules and not may_keep_all:
+        warnings.warn(
+            f"You have passed exclude_modules={config.exclude_modules} but no modules were excluded. "
+            "Please check that exclude_modules was set correctly.",
+            stacklevel=5,
+        )
+    for field, found in (("target_modules", modules), ("target_parameters", parameters)):
+        if (wanted := getattr(config, field)) and not found:
+            kind = field.removeprefix("target_")[:-1]
+            warnings.warn(f"{field}={wanted} were set but no {kind} was matched.", RuntimeWarning, stacklevel=5)
+    for field in ("rank_pattern", "alpha_pattern"):
+        names = modules + parameters
+        patterns = getattr(config, field)
+        unused = [key for key in patterns if all(pattern_value({key: True}, name, None) is None for name in names)]
+        if unused:
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {sorted(unused)}.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
