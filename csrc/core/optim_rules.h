@@ -6,7 +6,7 @@
 //     p = p * decay - size * u
 //
 // `signed_states` of the states range over both signs; in 8 bits they take the signed map, the others the unsigned one.
-// Every product that the rules do not fuse is rounded; with contraction off all backends give the same bits.
+// Every product that the rules do not fuse is rounded, so that all backends give the same bits.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,6 +18,15 @@
 namespace pyqlora {
 
 enum class OptimRule : uint8_t { adam, ademamix, lion, momentum, rmsprop, adagrad };
+
+// a * b, rounded before anything is added to it: nvcc would fuse the two.
+PYQLORA_HD float product(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
 
 struct Hyper {
     double lr, beta1, beta2, beta3, alpha, eps, weight_decay;
@@ -101,7 +110,7 @@ struct Momentum : CoupledRule {
     float beta1;
 
     Momentum(const Hyper& h, int64_t) : CoupledRule(h), beta1(h.beta1) {}
-    PYQLORA_HD float update(float g, float* s) const { return s[0] = beta1 * s[0] + g; }
+    PYQLORA_HD float update(float g, float* s) const { return s[0] = product(beta1, s[0]) + g; }
 };
 
 // bitsandbytes keeps the one state of RMSprop and of Adagrad on the signed map.

@@ -34,6 +34,8 @@ inline int64_t itemsize(DType t) {
     }
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct TensorRef {
     void* data = nullptr;
     int64_t numel = 0;

@@ -12,6 +12,11 @@ namespace pyqlora {
 
 constexpr int64_t kStateBlock = 256;
 
+// Sums of squares are taken in double and in one order on every backend. Of a chunk of 2048 elements each of 32 lanes
+// adds those with i % 256 / 8 == lane, of a tensor those chunks with c % 32 == lane; then the upper half of the lanes
+// is added to the lower one, until one is left.
+constexpr int64_t kNormChunk = 8 * kStateBlock, kNormChunkBytes = 2 * sizeof(double);
+
 // The lists are parallel. Rules of one state leave state2 and absmax2 empty; AdEMAMix stacks its two averages in state1
 // [2, ...] and absmax1 [2, blocks]. An update that would make a state non-finite is left out: that element keeps its
 // parameter and its states.
@@ -25,6 +30,7 @@ struct OptimStepArgs {
     TensorRef qmap1, qmap2;        // f32 [256]: the signed and the unsigned dynamic map
     double max_unorm = 0;          // above 0: |u| is held to max_unorm * |p|, tensor by tensor (LAMB, LARS)
     std::vector<TensorRef> unorm;  // f32 [1] each: |u|, out; only with max_unorm
+    TensorRef workspace;           // u8, 16 bytes a chunk of 2048 elements of each tensor; only with max_unorm
 
     bool quantized() const { return qmap1.defined(); }
 };
@@ -54,10 +60,16 @@ inline void check(const OptimStepArgs& a, Device device) {
             check_tensor(op, "qmap1", a.qmap1, device, {DType::f32}, 256);
             if (two) check_tensor(op, "qmap2", a.qmap2, device, {DType::f32}, 256);
         }
+        if (a.max_unorm > 0) {
+            if (a.quantized()) bad_argument(op, "max_unorm", "0 with 8-bit states", std::to_string(a.max_unorm));
+            int64_t chunks = 0;
+            for (const TensorRef& p : a.params) chunks += ceil_div(p.numel, kNormChunk);
+            check_tensor(op, "workspace", a.workspace, device, {DType::u8}, chunks * kNormChunkBytes);
+        }
         const DType state = a.quantized() ? DType::u8 : DType::f32;
         for (size_t i = 0; i < count; ++i) {
             const TensorRef& p = a.params[i];
-            const int64_t n = p.numel, blocks = (n + kStateBlock - 1) / kStateBlock;
+            const int64_t n = p.numel, blocks = ceil_div(n, kStateBlock);
             check_tensor(op, "params", p, device, {DType::f32, DType::f16, DType::bf16});
             check_tensor(op, "params", p, device, {a.params[0].dtype});
             check_tensor(op, "grads", a.grads[i], device, {p.dtype}, n);

@@ -212,6 +212,22 @@ struct Chunk {
     int64_t begin, end;
 };
 constexpr int64_t kChunk = 64 * kStateBlock;
+static_assert(kChunk % kNormChunk == 0);
+
+// A sum in the order that optim_step.h lays down.
+struct Lanes {
+    double at[32] = {};
+
+    void add_squares(const float* x, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) at[i / 8] += static_cast<double>(x[i]) * x[i];
+    }
+    double sum() {
+        for (int half = 16; half; half /= 2) {
+            for (int l = 0; l < half; ++l) at[l] += at[l + half];
+        }
+        return at[0];
+    }
+};
 
 template <class Isa, class Rule, class T>
 class Step {
@@ -296,38 +312,48 @@ class Step {
         for (int k = 0; k < 3; ++k) s[k] = state<float>(t, std::min(k, Rule::states - 1), i);
     }
 
-    // Scales each tensor's step so that its update is no longer than max_unorm times its parameters. The sums run over
-    // chunks in their order, whatever the number of threads.
+    // Scales each tensor's step so that its update is no longer than max_unorm times its parameters.
     void hold_update_norms(const std::vector<Chunk>& chunks, int threads) {
-        std::vector<double> update(chunks.size()), parameter(chunks.size());
-        parallel_for(threads, chunks.size(), 1, [&](int64_t first, int64_t last) {
-            for (int64_t c = first; c < last; ++c) square_norms(chunks[c], update[c], parameter[c]);
-        });
-        std::vector<double> updates(rules_.size()), parameters(rules_.size());
-        for (size_t c = 0; c < chunks.size(); ++c) {
-            updates[chunks[c].tensor] += update[c];
-            parameters[chunks[c].tensor] += parameter[c];
+        auto* norms = a_.workspace.template as<double>();  // |u|^2 and |p|^2 by chunk of kNormChunk
+        std::vector<double*> first;                        // of each tensor
+        for (const TensorRef& p : a_.params) {
+            first.push_back(norms);
+            norms += 2 * ceil_div(p.numel, kNormChunk);
         }
+        parallel_for(threads, chunks.size(), 1, [&](int64_t begin, int64_t end) {
+            for (int64_t c = begin; c < end; ++c) square_norms(chunks[c], first[chunks[c].tensor]);
+        });
         for (size_t t = 0; t < rules_.size(); ++t) {
-            const double norm = std::sqrt(updates[t]), limit = a_.max_unorm * std::sqrt(parameters[t]);
+            Lanes update, parameter;
+            for (int64_t c = 0; c < ceil_div(a_.params[t].numel, kNormChunk); ++c) {
+                update.at[c % 32] += first[t][2 * c];
+                parameter.at[c % 32] += first[t][2 * c + 1];
+            }
+            const double norm = std::sqrt(update.sum()), limit = a_.max_unorm * std::sqrt(parameter.sum());
             if (norm > limit) rules_[t].size = static_cast<float>(rules_[t].size * (limit / norm));
             *a_.unorm[t].template as<float>() = static_cast<float>(norm);
         }
     }
 
-    void square_norms(const Chunk& c, double& update, double& parameter) const {
+    void square_norms(const Chunk& c, double* norms) const {
         const T* p = a_.params[c.tensor].template as<T>();
         const T* g = a_.grads[c.tensor].template as<T>();
-        alignas(64) float gradient[kStateBlock], u[kStateBlock];
-        for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
-            const int64_t n = std::min(kStateBlock, c.end - i);
-            float* s[3];
-            states32(c.tensor, i, s);
-            Isa::copy(g + i, gradient, n);
-            Isa::copy(p + i, u, n);
-            for (int64_t j = 0; j < n; ++j) parameter += static_cast<double>(u[j]) * u[j];
-            Isa::template apply<true>(rules_[c.tensor], 0.0f, gradient, u, s, n);
-            for (int64_t j = 0; j < n; ++j) update += static_cast<double>(u[j]) * u[j];
+        for (int64_t begin = c.begin; begin < c.end; begin += kNormChunk) {
+            const int64_t end = std::min(begin + kNormChunk, c.end);
+            Lanes update, parameter;
+            for (int64_t i = begin; i < end; i += kStateBlock) {
+                alignas(64) float gradient[kStateBlock], u[kStateBlock];
+                const int64_t n = std::min(kStateBlock, end - i);
+                float* s[3];
+                states32(c.tensor, i, s);
+                Isa::copy(g + i, gradient, n);
+                Isa::copy(p + i, u, n);
+                parameter.add_squares(u, n);
+                Isa::template apply<true>(rules_[c.tensor], 0.0f, gradient, u, s, n);
+                update.add_squares(u, n);
+            }
+            norms[2 * (begin / kNormChunk)] = update.sum();
+            norms[2 * (begin / kNormChunk) + 1] = parameter.sum();
         }
     }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyqlora.ops.backend import native
 
 BLOCKSIZE = 256
+NORM_CHUNK = 2048  # elements whose squares are summed together, in 16 bytes of workspace
 
 
 @dataclass(frozen=True)
@@ -87,14 +90,13 @@ def optim_step(
 
     Raises:
         ValueError: tensors that do not fit each other.
-        RuntimeError: parameters on a GPU, for which there is no kernel yet.
+        RuntimeError: CUDA's own, where a launch fails.
     """
     module, context = native(batch.params[0])
-    if not hasattr(module, "optim_step"):
-        raise RuntimeError(
-            "optim_step: pyqlora has no CUDA kernel for its optimizers yet: keep the trained parameters on the CPU, "
-            "or use torch.optim.AdamW(..., fused=True) for those on a GPU"
-        )
+    workspace = None
+    if max_unorm > 0:
+        chunks = sum(math.ceil(p.numel() / NORM_CHUNK) for p in batch.params)
+        workspace = torch.empty(chunks * 16, dtype=torch.uint8, device=batch.params[0].device)
     module.optim_step(
         rule,
         batch.steps,
@@ -107,6 +109,7 @@ def optim_step(
         batch.qmap1,
         batch.qmap2,
         batch.unorm,
+        workspace,
         lr,
         beta1,
         beta2,

@@ -9,6 +9,8 @@
 
 #include "engine.h"
 
+#define CUDART_VERSION 12000  // kernel arguments of up to 4 KB, so that tables of tensors are split early
+
 #define __global__
 #define __device__
 #define __host__
@@ -50,6 +52,9 @@ EMULATION_VECTOR(uint2, unsigned, 8, x, y)
 EMULATION_VECTOR(uint4, unsigned, 16, x, y, z, w)
 EMULATION_VECTOR(float2, float, 8, x, y)
 EMULATION_VECTOR(float4, float, 16, x, y, z, w)
+EMULATION_VECTOR(double2, double, 16, x, y)
+
+inline double2 make_double2(double x, double y) { return {x, y}; }
 
 extern thread_local uint3 threadIdx, blockIdx;
 extern thread_local dim3 blockDim, gridDim;

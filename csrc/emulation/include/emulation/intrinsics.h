@@ -42,6 +42,11 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fadd_rd(float a, float b) {  // towards minus infinity; a double holds the sum of neighbouring magnitudes
+    const double exact = static_cast<double>(a) + b;
+    const auto nearest = static_cast<float>(exact);
+    return nearest > exact ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }

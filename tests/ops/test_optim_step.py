@@ -1,0 +1,217 @@
+"""optim_step on every backend: the CPU's results bit for bit, since every sum and rounding has one order."""
+
+import math
+
+import pytest
+import torch
+
+from pyqlora import _C
+from pyqlora.ops import backend as dispatch
+from pyqlora.ops.optim_step import BLOCKSIZE, NORM_CHUNK, RULES, Batch, optim_step
+from pyqlora.optim.states import encode, state_specs
+from pyqlora.quant_maps import create_dynamic_map
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Tails of the vectors of 8, the blocks of 256 and the chunks of 2048 elements; more tensors than one table takes.
+SIZES = [1, 7, 8, 255, 256, 257, 2047, 2048, 2049, 4999]
+HYPER = {
+    "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "beta3": 0.999, "alpha": 3.0, "eps": 1e-8, "weight_decay": 0.1,
+    "max_unorm": 0.0,
+}  # fmt: skip
+LIMITS = {"lamb": 1.0, "lars": 0.02}
+
+
+def make_batch(rule, bits, dtype, sizes, seed=0, steps=None):
+    """Parameters, gradients and states in use, as a few steps would leave them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(shape, scale):
+        return torch.randn(shape, generator=generator) * scale
+
+    batch = Batch()
+    for i, n in enumerate(sizes):
+        p, g = normal(n, 1.0).to(dtype), normal(n, 0.01).to(dtype)
+        state = {"step": steps[i] if steps else 3}
+        for key, (shape, _) in state_specs(rule, p, 32).items():
+            values = normal(shape, 0.01)
+            positive = key == "state2" or rule in ("rmsprop", "adagrad")
+            state[key] = values.square() if positive else values
+            if bits == 8:
+                qmap = create_dynamic_map(key == "state1")
+                rows = [encode(row, qmap) for row in state[key].view(-1, n)]
+                state[key] = torch.stack([codes for codes, _ in rows]).view(shape)
+                state["absmax" + key[-1]] = torch.stack([absmax for _, absmax in rows])
+                state["qmap" + key[-1]] = qmap
+        if rule in LIMITS and bits == 32:
+            state["unorm_vec"] = torch.zeros(1)
+        batch.add(p, g, state)
+    return batch
+
+
+def tensors(batch):
+    lists = (batch.params, batch.state1, batch.state2, batch.absmax1, batch.absmax2, batch.unorm)
+    return [t for group in lists for t in group]
+
+
+def move(batch, device):
+    for name in ("params", "grads", "state1", "state2", "absmax1", "absmax2", "unorm"):
+        setattr(batch, name, [t.to(device) for t in getattr(batch, name)])
+    for name in ("qmap1", "qmap2"):
+        if getattr(batch, name) is not None:
+            setattr(batch, name, getattr(batch, name).to(device))
+    return batch
+
+
+def step(rule, batch, **hyper):
+    limit = LIMITS.get(rule, 0.0) if batch.qmap1 is None else 0.0
+    optim_step(RULES[rule].name, batch, **{**HYPER, "max_unorm": limit, **hyper})
+
+
+def check_against_cpu(backend, rule, make, steps=2, **hyper):
+    ours, cpu = move(make(), backend.device), make()
+    for _ in range(steps):
+        step(rule, ours, **hyper)
+        with dispatch.override(None):
+            step(rule, cpu, **hyper)
+    for got, expected in zip(tensors(ours), tensors(cpu), strict=True):
+        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_the_cpu_bit_for_bit(backend, rule, bits, dtype):
+    sizes = SIZES if backend.name in ("cpu", "emulated", "cuda") else [7, 257, 2049]
+    check_against_cpu(backend, rule, lambda: make_batch(rule, bits, dtype, sizes))
+
+
+@pytest.mark.parametrize("rule", ["adam", "lars"])
+def test_more_tensors_than_one_table_holds(backend, rule):
+    """And steps that differ, which take a launch each."""
+    sizes = [8 + i % 3 for i in range(150)]
+    check_against_cpu(
+        backend, rule, lambda: make_batch(rule, 32, torch.float32, sizes, steps=[1 + i % 2 for i in range(150)])
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_misaligned_and_empty_tensors(backend, bits):
+    def make():
+        batch = make_batch("ademamix", bits, torch.bfloat16, [1 + 520, 1 + 513, 0 + 1])
+        for name in ("params", "grads"):
+            setattr(batch, name, [t[1:] for t in getattr(batch, name)])  # two bytes off
+        for name in ("state1", "state2"):
+            setattr(batch, name, [t[..., 1:].contiguous() for t in getattr(batch, name)])
+        for name in ("absmax1", "absmax2"):
+            blocks = [math.ceil(p.numel() / BLOCKSIZE) for p in batch.params]
+            absmax = getattr(batch, name)
+            setattr(batch, name, [t[..., :n].contiguous() for t, n in zip(absmax, blocks, strict=False)])
+        return batch
+
+    check_against_cpu(backend, "ademamix", make)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rule", ["adam", "ademamix", "lion", "momentum", "rmsprop", "adagrad", "lamb"])
+def test_a_bad_gradient_leaves_its_element_alone(backend, rule, bits, bad):
+    def make(value=bad):
+        batch = make_batch(rule, bits, torch.float32, [300])
+        batch.grads[0][[5, 299]] = value
+        return batch
+
+    before = make()
+    after = check_against_cpu(backend, rule, make, steps=1)
+    assert all(t.isfinite().all() for t in tensors(after))
+    if rule not in ("lion", "momentum") or not math.isfinite(bad):
+        assert torch.equal(after.params[0][[5, 299]].cpu(), before.params[0][[5, 299]])
+
+
+def test_zero_and_tiny_blocks(backend):
+    """All zeros, denormals below a normal reciprocal, the smallest normal number."""
+
+    def make():
+        batch = make_batch("adam", 8, torch.float32, [5 * BLOCKSIZE])
+        batch.absmax1[0].zero_(), batch.absmax2[0].zero_()
+        for block, value in enumerate([0.0, 1e-44, 1e-38, 2**-126]):
+            batch.grads[0][block * BLOCKSIZE : (block + 1) * BLOCKSIZE] = value
+        return batch
+
+    check_against_cpu(backend, "adam", make, steps=1, eps=0.0)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_encoding_is_to_the_nearest_entry(backend, signed):
+    """Every entry, every midpoint and their neighbours, through Lion (signed) and Adam (unsigned) with b2 = 0."""
+    qmap = create_dynamic_map(signed)
+    middles = ((qmap[1:].double() + qmap[:-1].double()) / 2).float()
+    up, down = torch.tensor(2.0), torch.tensor(-2.0)
+    edges = [
+        f(x, to)
+        for x in (qmap, middles)
+        for f, to in ((lambda x, _: x, up), (torch.nextafter, up), (torch.nextafter, down))
+    ]
+    wanted = torch.cat([*edges, torch.rand(509) ** 6]).clamp(-1, 1) if signed else torch.cat(edges).clamp(0, 1)
+    wanted = torch.nn.functional.pad(wanted, (0, -len(wanted) % (BLOCKSIZE - 1))).view(-1, BLOCKSIZE - 1)
+    wanted = torch.cat([torch.ones(len(wanted), 1), wanted], 1).flatten()  # absmax 1
+    rule = "lion" if signed else "adam"
+    batch = make_batch(rule, 8, torch.float32, [len(wanted)])
+    batch.grads[0].copy_(wanted if signed else wanted.sqrt())
+    wanted = wanted if signed else batch.grads[0] * batch.grads[0]
+    batch = move(batch, backend.device)
+    step(rule, batch, beta1=0.0, beta2=0.0)
+    codes = (batch.state1 if signed else batch.state2)[0].cpu().flatten()
+    assert torch.equal(codes, encode(wanted, qmap)[0])
+    distance = (wanted.double()[:, None] - qmap.double()).abs()
+    assert torch.equal(distance.gather(1, codes.long()[:, None])[:, 0], distance.min(1).values)
+
+
+@pytest.mark.parametrize("rule", ["lamb", "lars"])
+def test_norms_against_float64(backend, rule):
+    """|u| to the rounding of its float32 terms."""
+    batch = make_batch(rule, 32, torch.float32, [3 * NORM_CHUNK + 5])
+    p, g, m = batch.params[0].double(), batch.grads[0].double(), batch.state1[0].double()
+    if rule == "lars":
+        u = HYPER["beta1"] * m + g + HYPER["weight_decay"] * p
+    else:
+        v = HYPER["beta2"] * batch.state2[0].double() + (1 - HYPER["beta2"]) * g * g
+        u = (HYPER["beta1"] * m + (1 - HYPER["beta1"]) * g) / (
+            v.sqrt() + HYPER["eps"] * math.sqrt(1 - HYPER["beta2"] ** 3)
+        )
+    batch = move(batch, backend.device)
+    step(rule, batch)
+    torch.testing.assert_close(batch.unorm[0].double().cpu()[0], u.norm(), rtol=8 * 2**-24, atol=0)
+
+
+def test_arguments_are_checked(backend):
+    def with_(change, **hyper):
+        batch = move(make_batch("adam", 32, torch.float32, [10]), backend.device)
+        change(batch)
+        step("adam", batch, **hyper)
+
+    def set_(name, value):
+        return lambda batch: setattr(batch, name, value)
+
+    with pytest.raises(ValueError, match=r"optim_step: grads: expected a list of 1 \(params has 1\), got 0"):
+        with_(set_("grads", []))
+    with pytest.raises(ValueError, match="optim_step: state1: expected 10 elements, got 9"):
+        with_(lambda batch: set_("state1", [batch.state1[0][:9]])(batch))
+    with pytest.raises(ValueError, match="optim_step: steps: expected 1 or more, got 0"):
+        with_(set_("steps", [0]))
+    with pytest.raises(ValueError, match="optim_step: state2: expected float32, got float16"):
+        with_(lambda batch: set_("state2", [batch.state2[0].half()])(batch))
+    with pytest.raises(ValueError, match=r"optim_step: unorm: expected a list of 1 \(params has 1\), got 0"):
+        with_(lambda batch: None, max_unorm=1.0)
+    eight = move(make_batch("lamb", 8, torch.float32, [300]), backend.device)
+    eight.unorm = [torch.zeros(1, device=backend.device)]
+    with pytest.raises(ValueError, match="optim_step: max_unorm: expected 0 with 8-bit states, got 1"):
+        step("lamb", eight, max_unorm=1.0)
+
+
+def test_workspace_is_checked():
+    batch = make_batch("lamb", 32, torch.float32, [NORM_CHUNK + 1])
+    lists = (batch.params, batch.grads, batch.state1, batch.state2, [], [], None, None, batch.unorm)
+    numbers = (1e-2, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1.0, 1)
+    with pytest.raises(ValueError, match="optim_step: workspace: expected 32 elements, got 31"):
+        _C.cpu.optim_step("adam", [1], *lists, torch.empty(31, dtype=torch.uint8), *numbers)
