@@ -1,10 +1,28 @@
-"""`pyqlora doctor`: what this installation is, and what it will run on here."""
+"""`pyqlora doctor`: what this installation is, and what it will run on here; with an adapter, see examine.py."""
 
 from __future__ import annotations
 
+from typing import Annotated
 
-def doctor() -> None:
-    """Print the versions, and in the last line whether the kernels run on this machine's GPU, or else on its CPU."""
+import typer
+
+
+def doctor(
+    adapter: Annotated[str | None, typer.Argument(help="Directory of an adapter to examine.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its base model [the one it names].")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Print the versions, and in the last line whether the kernels run on this machine's GPU, or else on its CPU.
+
+    With ADAPTER: what it is, whether it fits its base model, and what is wrong with it.
+    """
+    if adapter is not None:
+        from pyqlora.cli.examine import examine
+
+        examine(adapter, model)
+        return
+    if model is not None:
+        raise ValueError("--model names an adapter's base model: pyqlora doctor ADAPTER --model MODEL")
     import torch
 
     import pyqlora

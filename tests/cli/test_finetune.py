@@ -66,7 +66,14 @@ def test_a_run_says_what_it_does_and_writes_what_it_says(model, data, tmp_path, 
     ):
         assert part in printed
     assert "[[" in printed and "</s>]]" in printed  # trained tokens, marked
-    for part in ("held-out loss", "held-out perplexity", "before", "after", "in the data", f"pyqlora generate {out}"):
+    for part in (
+        "held-out loss",
+        "held-out perplexity",
+        "before",
+        "after",
+        "in the data",
+        f"pyqlora chat {out} --plain --prompt",
+    ):
         assert part in printed
     assert {path.name for path in out.iterdir()} >= {
         "adapter_config.json",
@@ -167,7 +174,7 @@ def test_gguf_model(tmp_path, data):
     assert gguf
     write(tmp_path / "tiny.gguf")
     assert finetune(tmp_path / "tiny.gguf", data, "-o", tmp_path / "out", "--steps", 2, *FAST) == 0
-    assert run(["generate", str(tmp_path / "out"), "1 is", "--max-new-tokens", "4"]) == 0
+    assert run(["chat", str(tmp_path / "out"), "--prompt", "1 is", "--max-new-tokens", "4"]) == 0
 
 
 def test_without_samples_held_out(model, data, tmp_path, capsys):
