@@ -20,7 +20,7 @@ ALL = Build(("75-real", "80", "86-real", "89-real", "90-real", "100-real", "120"
         ("of the future", 130, "unknown", ALL, True, "PTX of sm_120, compiled by the driver at first use"),
         ("NVIDIA Thor", 110, "580.65.06", ALL, True, "PTX of sm_80, compiled by the driver at first use"),
         ("Tesla V100", 70, "580.65.06", ALL, False, "the GPU is too old: the kernels need sm_75"),
-        ("NVIDIA H200", 90, "550.54.15", ALL, False, "driver is too old .CUDA 13.0.: update it to 580 or newer"),
+        ("NVIDIA H200", 90, "550.54.15", ALL, False, "the driver is too old for this build .*13.0.*: update it to 580"),
         ("NVIDIA H200", 90, "550.54.15", Build(("90-real",), "12.9"), True, "machine code of sm_90"),
         ("NVIDIA L4", 89, "580.65.06", Build(("90-real", "100-real"), "13.0"), False, "sm_90, sm_100 only: .*ARCHS=89"),
         ("NVIDIA L4", 89, "580.65.06", Build(("80-virtual",), "13.0"), True, "PTX of sm_80"),
