@@ -1,7 +1,9 @@
-// torch.Tensor -> TensorRef, by attributes: the only C++ that knows torch exists. None gives an undefined TensorRef.
+// torch.Tensor -> TensorRef: the only C++ that knows torch exists. None gives an undefined TensorRef. The tensor is
+// read through DLPack's C table where torch has one (some ten times faster), else by its attributes.
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include "core/dlpack.h"
 #include "core/tensor.h"
 
 namespace pyqlora {
@@ -10,6 +12,8 @@ namespace pyqlora {
 struct TorchNames {
     PyObject *f32, *f16, *bf16, *u8, *i32, *i64;
     PyObject *data_ptr, *numel, *dtype, *is_cpu, *device, *type, *index, *is_contiguous;
+    PyTypeObject* tensor;
+    dlpack::FromPyObject dlpack;  // or null
 
     static const TorchNames& get() {
         static const TorchNames* names = new TorchNames(pybind11::module_::import("torch"));
@@ -25,18 +29,62 @@ struct TorchNames {
         data_ptr = intern("data_ptr"), numel = intern("numel"), dtype = intern("dtype"), device = intern("device");
         type = intern("type"), index = intern("index"), is_contiguous = intern("is_contiguous");
         is_cpu = intern("is_cpu");
+        tensor = reinterpret_cast<PyTypeObject*>(attr("Tensor"));
+        dlpack = dlpack::from_py_object(torch.attr("Tensor"));
     }
 };
+
+// False where the tensor cannot be described so, or has no memory.
+inline bool read_dlpack(dlpack::FromPyObject from_py_object, PyObject* t, TensorRef& r) {
+    dlpack::Tensor d;
+    if (from_py_object(t, &d)) {
+        PyErr_Clear();
+        return false;
+    }
+    r.numel = 1, r.contiguous = true;
+    for (int i = d.ndim; i-- > 0; r.numel *= d.shape[i])
+        if (d.strides && d.shape[i] != 1 && d.strides[i] != r.numel) r.contiguous = false;
+    if (r.numel == 0) r.contiguous = true;
+    r.data = static_cast<char*>(d.data) + d.byte_offset;
+    if ((!d.data && r.numel) || d.lanes != 1) return false;
+    switch (d.code << 8 | d.bits) {
+        case dlpack::floating << 8 | 32:
+            r.dtype = DType::f32;
+            break;
+        case dlpack::floating << 8 | 16:
+            r.dtype = DType::f16;
+            break;
+        case dlpack::bfloat << 8 | 16:
+            r.dtype = DType::bf16;
+            break;
+        case dlpack::unsigned_integer << 8 | 8:
+            r.dtype = DType::u8;
+            break;
+        case dlpack::integer << 8 | 32:
+            r.dtype = DType::i32;
+            break;
+        case dlpack::integer << 8 | 64:
+            r.dtype = DType::i64;
+            break;
+        default:
+            r.dtype = DType::other;
+    }
+    r.device = d.device_type == dlpack::cpu ? Device::cpu : Device::cuda;
+    r.device_index = d.device_type == dlpack::cpu ? 0 : d.device_id;
+    return d.device_type == dlpack::cpu || d.device_type == dlpack::cuda;
+}
 
 inline TensorRef tensor_ref(pybind11::handle t) {
     namespace py = pybind11;
     const TorchNames& n = TorchNames::get();
+    TensorRef r;
+    if (n.dlpack && read_dlpack(n.dlpack, t.ptr(), r)) return r;
+    r = TensorRef();
     auto own = [](PyObject* o) {
         if (!o) throw py::error_already_set();
         return py::reinterpret_steal<py::object>(o);
     };
     auto call = [&](PyObject* method) { return own(PyObject_CallMethodNoArgs(t.ptr(), method)); };
-    TensorRef r;
     r.data = reinterpret_cast<void*>(call(n.data_ptr).cast<uintptr_t>());
     r.numel = call(n.numel).cast<int64_t>();
     r.contiguous = call(n.is_contiguous).cast<bool>();
@@ -68,7 +116,7 @@ struct type_caster<pyqlora::TensorRef> {
     PYBIND11_TYPE_CASTER(pyqlora::TensorRef, const_name("torch.Tensor | None"));
     bool load(handle src, bool) {
         if (src.is_none()) return true;
-        if (!hasattr(src, pyqlora::TorchNames::get().is_cpu)) return false;
+        if (!PyType_IsSubtype(Py_TYPE(src.ptr()), pyqlora::TorchNames::get().tensor)) return false;
         value = pyqlora::tensor_ref(src);
         return true;
     }

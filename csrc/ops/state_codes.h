@@ -53,6 +53,8 @@ class StateCodes {
             table[buckets + b] = entry(-as_float(first + last), -as_float(first), next);
         }
         fill_decades();
+        for (int i = 0; i < 256; ++i)
+            for (int b = 0; b < 4; ++b) map_bytes[b][i] = static_cast<uint8_t>(bit_cast<uint32_t>(map[i]) >> 8 * b);
     }
 
     uint8_t operator()(float y) const {
@@ -66,7 +68,9 @@ class StateCodes {
     // Regions of |y|: 0 below the first midpoint, 1 to 7 the decades, 8 from the last midpoint up.
     struct Decades {
         static constexpr float margin = 0x1p-12f;
-        uint32_t region[32] = {};  // by the low 5 bits of the exponent, as in `table`: the carry is at bit 23
+        // By the low 5 bits of the exponent, to be added to the float's bits: the region then stands from bit 23 up.
+        // The float just below a region gives ones in all lower bits.
+        uint32_t region[32] = {};
         float slope[16] = {}, start[16] = {}, last[16] = {};  // last: the largest floor in a region, plus a half
     };
 
@@ -77,6 +81,7 @@ class StateCodes {
     std::vector<uint32_t> table;
     int zero;  // the code of 0
     Decades decades;
+    alignas(64) uint8_t map_bytes[4][256];  // each byte of the map's floats, for lookups by byte
 
   private:
     std::array<float, 255> above_;  // the smallest float above each midpoint
@@ -116,13 +121,13 @@ class StateCodes {
             if (sign && code(-splits[d - 1]) != code(-below) - 1) unsupported();
             rank += cells;
         }
-        if (zero + rank != 255) unsupported();
+        if (zero + rank != 255 || (!sign && zero != 0)) unsupported();
         splits[7] = above_[254];
         decades.start[8] = decades.last[8] = static_cast<float>(rank) + 0.5f;
         for (uint32_t exponent = lowest >> 23; exponent <= highest >> 23; ++exponent) {
             const float* split = std::upper_bound(splits.begin(), splits.end(), as_float(exponent << 23));
             uint32_t& region = decades.region[exponent & 31];
-            region = static_cast<uint32_t>(split - splits.begin()) << 23;
+            region = (static_cast<uint32_t>(split - splits.begin()) - exponent) << 23;
             if (split != splits.end() && bit_cast<uint32_t>(*split) >> 23 == exponent)
                 region += (1u << 23) - (bit_cast<uint32_t>(*split) & 0x7fffffu);
         }
