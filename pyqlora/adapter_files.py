@@ -246,6 +246,19 @@ def save_adapter(weights: dict[str, Tensor], directory: str) -> str:
     return path
 
 
+def save_pickled(weights: dict[str, Tensor], directory: str) -> str:
+    """Refuse to write adapter_model.bin."""
+    raise ValueError("safe_serialization=False would write a pickle; pyqlora saves safetensors only")
+
+
+def load_pickled(path: str) -> dict[str, Tensor]:
+    """Refuse to read adapter_model.bin."""
+    raise ValueError(
+        f"{path} is a pickle, which can run code when loaded; convert it to {WEIGHTS_NAME} with safetensors in an "
+        "environment where you trust it"
+    )
+
+
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **hub: Any
 ) -> dict[str, Tensor]:
@@ -262,13 +275,14 @@ def load_peft_weights(
     """
     path = find_file(model_id, WEIGHTS_NAME, **hub)
     if path is None:
-        if find_file(model_id, PICKLED_WEIGHTS_NAME, **hub):
+        path = find_file(model_id, PICKLED_WEIGHTS_NAME, **hub)
+        if path is None:
             raise ValueError(
-                f"{model_id} holds only {PICKLED_WEIGHTS_NAME}, a pickle that can run code when loaded; "
-                f"convert it to {WEIGHTS_NAME} with safetensors in an environment where you trust it"
+                f"Can't find weights for {model_id}: no {WEIGHTS_NAME} there, nor on the hub under that name"
             )
-        raise ValueError(f"Can't find weights for {model_id}: no {WEIGHTS_NAME} there, nor on the hub under that name")
-    weights = safetensors.torch.load_file(path, device=str(device or "cpu"))
+        weights = load_pickled(path)
+    else:
+        weights = safetensors.torch.load_file(path, device=str(device or "cpu"))
     if not key_mapping:
         return weights
     renamed = {}

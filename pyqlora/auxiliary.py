@@ -77,6 +77,8 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if "_modules" not in self.__dict__ or "original_module" not in self._modules:
                 raise
+            if not self._disable_adapters and {self._active_adapter} - {None} - self.adapters():
+                raise
             return getattr(self.running(), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

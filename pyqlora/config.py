@@ -56,7 +56,11 @@ class PeftConfig:
                 f"Invalid task type: '{self.task_type}'. Must be one of the following task types: {', '.join(tasks)}."
             )
         if self.peft_version is None:
-            self.peft_version = PEFT_FORMAT_VERSION
+            self.peft_version = self._get_peft_version()
+
+    @staticmethod
+    def _get_peft_version() -> str:
+        return PEFT_FORMAT_VERSION
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -100,6 +104,7 @@ class PeftConfig:
 
         Raises:
             ValueError: no such file, a method other than LoRA, or an unknown key that is active.
+            TypeError: the file is no adapter's config.
         """
         from pyqlora.adapter_files import find_file
 
@@ -133,17 +138,27 @@ class PeftConfig:
         target = cls if kind is None else LoraConfig
         known = {f.name for f in fields(target) if f.init}
         unknown = sorted(set(kwargs) - known)
-        active = [f"{key}={kwargs[key]!r}" for key in unknown if kwargs[key]]
-        if active:
-            raise ValueError(
-                f"adapter config with {', '.join(active)}: pyqlora does not know "
-                f"{'this setting' if len(active) == 1 else 'these settings'}, and ignoring it would change the model"
+        active = {key: kwargs[key] for key in unknown if kwargs[key]}
+        if active and kind is None:
+            raise TypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
             )
+        if active:
+            cls._meet_unknown(target, active)
+            unknown = [key for key in unknown if key not in active]
         if unknown:
             warnings.warn(
                 f"ignoring unknown but inactive keys of the adapter config: {', '.join(unknown)}", stacklevel=3
             )
         return target(**{key: value for key, value in kwargs.items() if key in known})
+
+    @staticmethod
+    def _meet_unknown(target: type, active: dict[str, Any]) -> None:
+        """Refuse settings that the config class does not know and that are neither null, false nor empty."""
+        raise ValueError(
+            f"adapter config with {', '.join(f'{key}={value!r}' for key, value in active.items())}: pyqlora does not "
+            f"know {'this setting' if len(active) == 1 else 'these settings'}, and ignoring it would change the model"
+        )
 
 
 @dataclass
@@ -322,6 +337,13 @@ class LoraConfig(PeftConfig):
         elif self.init_lora_weights != "eva" and self.eva_config is not None:
             warnings.warn(
                 "`eva_config` specified but will be ignored when `init_lora_weights` is not 'eva'.", stacklevel=4
+            )
+        splits = str(self.init_lora_weights).startswith(("pissa", "olora"))
+        if splits and self.use_rslora and (self.rank_pattern or self.alpha_pattern):
+            warnings.warn(
+                "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion of modified "
+                f"base weights ({self.init_lora_weights}): PEFT cannot convert such an adapter, pyqlora can.",
+                stacklevel=4,
             )
         if self.lora_bias and self.init_lora_weights not in (True, False):
             raise ValueError(

@@ -50,6 +50,7 @@ class LoraLayer(nn.Module):
         self._frozen_by_disabling: list[nn.Parameter] = []
         self._stashed: list[nn.Module] = []  # the quantized base layer while its merged twin stands in for it
         self._dora_factors: dict[str, Tensor] = {}  # by which a merged DoRA adapter has multiplied the weight
+        self._dora_cache: dict[str, Tensor] = {}  # the norms that DoraCaching keeps
         self.in_features, self.out_features = self.base_features()
         self.update_layer(adapter_name, r, lora_alpha, config)
         self.train(base_layer.training)
@@ -248,6 +249,11 @@ class LoraLayer(nn.Module):
                 self.set_scale(name, 1.0)
             else:
                 self.scaling[name] /= scale
+
+    def train(self, mode: bool = True) -> LoraLayer:
+        """As for any module; what DoraCaching has kept is forgotten."""
+        self._dora_cache.clear()
+        return super().train(mode)
 
     # --- the base layer ----------------------------------------------------------------------------------------------
 

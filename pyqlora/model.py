@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyqlora import dense, kbit
+from pyqlora import adapter_files, dense, kbit
 from pyqlora.adapter_files import (
     LoadResult,
     get_peft_model_state_dict,
     load_peft_weights,
-    save_adapter,
     set_peft_model_state_dict,
 )
 from pyqlora.config import PeftConfig
+from pyqlora.conversion import as_plain_lora, splitting_method
 from pyqlora.integrations import adopt
 from pyqlora.model_card import write_model_card
 from pyqlora.tuner import LoraModel
@@ -242,6 +242,14 @@ class PeftModel(nn.Module):
             config = PeftConfig.from_pretrained(str(model_id), **kwargs)
             config.inference_mode = not is_trainable
             self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+            methods = {splitting_method(other) for other in self.peft_config.values()} - {None}
+            if methods and len(self.peft_config) > 1:
+                warnings.warn(
+                    f"{' and '.join(sorted(methods, reverse=True))} changes the base weights of the model and should "
+                    "thus not be used with other adapters. With path_initial_model_for_weight_conversion, "
+                    "save_pretrained writes such an adapter as plain LoRA.",
+                    stacklevel=2,
+                )
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         weights = load_peft_weights(str(model_id), device=torch_device, key_mapping=key_mapping, **kwargs)
@@ -344,19 +352,22 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write each adapter's config and weights: "default" into the directory, others into one of their name in it.
 
+        Args:
+            save_directory: made if missing.
+            safe_serialization: True; there is no other way.
+            selected_adapters: which adapters; None for all.
+            save_embedding_layers: also the input and output embeddings; "auto" if target_modules names one.
+            is_main_process: False gathers the weights and writes nothing.
+            path_initial_model_for_weight_conversion: where a PiSSA or OLoRA adapter was saved before training; it is
+                then written as plain LoRA, for the base model as it was before.
+            state_dict: the model's state dict, if it was gathered elsewhere.
+
         Raises:
-            ValueError: the path is a file, an unknown adapter, safe_serialization=False, which would pickle, or
-                path_initial_model_for_weight_conversion, which is not supported.
+            ValueError: the path is a file, an unknown adapter, safe_serialization=False, which would pickle, or see
+                pyqlora.conversion.as_plain_lora.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle; pyqlora saves safetensors only")
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "save_pretrained: path_initial_model_for_weight_conversion (PiSSA or OLoRA as plain LoRA) is not "
-                "supported: save the adapter as it is, together with the base model it was initialised from"
-            )
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         if any(name not in self.peft_config for name in names):
             raise ValueError(
@@ -369,9 +380,12 @@ class PeftModel(nn.Module):
                 continue
             directory = save_directory if name == "default" else os.path.join(save_directory, name)
             os.makedirs(directory, exist_ok=True)
-            save_adapter(weights, directory)
-            self._save_config(self.peft_config[name], directory)
-            write_model_card(self, self.peft_config[name], directory)
+            config = self.peft_config[name]
+            if path_initial_model_for_weight_conversion is not None:
+                config, weights = as_plain_lora(config, weights, path_initial_model_for_weight_conversion)
+            (adapter_files.save_adapter if safe_serialization else adapter_files.save_pickled)(weights, directory)
+            self._save_config(config, directory)
+            write_model_card(self, config, directory)
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **kwargs: Any) -> str:
         """Save the adapters into a repository on the hub, which is made if missing; returns the commit's address.

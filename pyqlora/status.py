@@ -58,20 +58,25 @@ def common(values: Iterable[Any]) -> Any:
 
 
 def _layer_status(name: str, module: LoraLayer | ModulesToSaveWrapper | TrainableTokensWrapper) -> TunerLayerStatus:
+    if isinstance(module, TrainableTokensWrapper):
+        name = f"{name}.token_adapter"
     adapters = sorted(module.adapters())
     parameters = {adapter: module.adapter_parameters(adapter) for adapter in adapters}
     parameters = {adapter: held for adapter, held in parameters.items() if held}
     quantized = isinstance(module, LoraLayer) and dense.is_4bit(module.get_base_layer())
+    backend = getattr(module, "quantization_backend", "bnb 4bit" if quantized else None)  # an own layer may tell it
     return TunerLayerStatus(
         name=name,
-        module_type=repr(module).partition("(")[0],
+        module_type="TrainableTokensLayer"
+        if isinstance(module, TrainableTokensWrapper)
+        else repr(module).partition("(")[0],
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
         merged_adapters=list(getattr(module, "merged_adapters", [])),
         requires_grad={adapter: common(p.requires_grad for p in held) for adapter, held in parameters.items()},
         available_adapters=adapters,
         devices={adapter: sorted({p.device.type for p in held}) for adapter, held in parameters.items()},
-        quantization_backend="bnb 4bit" if quantized else None,
+        quantization_backend=None if backend is None else str(backend),
     )
 
 

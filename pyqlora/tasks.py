@@ -65,6 +65,10 @@ class PeftModelForSeq2SeqLM(PeftModel):
         """The wrapped model's forward; with `adapter_names`, every row of the batch with its own adapter."""
         return super().forward(adapter_names=adapter_names, **_given(locals()), **kwargs)
 
+    def generate(self, **kwargs):
+        """The wrapped model's generate, whose inputs are given by name."""
+        return super().generate(**kwargs)
+
 
 class PeftModelForQuestionAnswering(PeftModel):
     """An extractive question answerer with adapters; its head is trained and saved whole."""

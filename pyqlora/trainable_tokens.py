@@ -240,7 +240,10 @@ def _wrap(
 ) -> None:
     module = model.get_submodule(path)
     if isinstance(module, LoraLayer):
-        raise ValueError(f"trainable_token_indices: {path} already has a LoRA adapter; train either its rows or LoRA")
+        raise TypeError(
+            f"trainable_token_indices cannot be applied to modules of type {type(module)}: {path} has a LoRA adapter; "
+            "train either its rows or LoRA"
+        )
     if not isinstance(module, TrainableTokensWrapper):
         parent, _, child = path.rpartition(".")
         module = TrainableTokensWrapper(module, tied_to)

@@ -180,6 +180,29 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
+class DoraCaching:
+    """Keeps the norms that DoRA divides by, instead of computing them from the weight in each forward pass.
+
+    As a context, or called with True or False for good. In force only for layers in eval mode, which forget what they
+    kept when they change mode or run without it.
+    """
+
+    enabled = False
+
+    def __init__(self, enabled: bool = True):
+        self.wanted = enabled
+
+    def __enter__(self) -> None:
+        self.before, DoraCaching.enabled = DoraCaching.enabled, self.wanted
+
+    def __exit__(self, *exception: object) -> None:
+        DoraCaching.enabled = self.before
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Switch caching on or off until it is switched again."""
+        DoraCaching.enabled = enabled
+
+
 class Dora:
     """Weight-decomposed update: W' = m · (W + sBA) / ‖W + sBA‖, one length m and norm for each output feature.
 
@@ -204,9 +227,19 @@ class Dora:
         return layer.feature_rows(adapted).norm(dim=1).view(layer.norm_shape())
 
     @staticmethod
+    def kept_norm(layer: LoraLayer, name: str) -> Tensor:
+        """The norm, from the layer's cache while caching is on."""
+        if not DoraCaching.enabled or layer.training:
+            layer._dora_cache.clear()
+            return Dora.norm(layer, name)
+        if name not in layer._dora_cache:
+            layer._dora_cache[name] = Dora.norm(layer, name)
+        return layer._dora_cache[name]
+
+    @staticmethod
     def update(layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The base output and the LoRA update, without the bias, rescaled by m / ‖W + sBA‖."""
-        factor = layer.lora_magnitude_vector[name].weight / Dora.norm(layer, name)
+        factor = layer.lora_magnitude_vector[name].weight / Dora.kept_norm(layer, name)
         bias = getattr(layer.get_base_layer(), "bias", None)
         bias = 0 if bias is None else bias.view(layer.norm_shape()).to(factor.dtype)
         wide = result.to(torch.promote_types(result.dtype, factor.dtype))

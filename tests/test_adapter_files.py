@@ -118,11 +118,9 @@ def test_a_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_pickles_are_neither_written_nor_read(tmp_path):
     with pytest.raises(ValueError, match="would write a pickle"):
         model().save_pretrained(tmp_path, safe_serialization=False)
-    with pytest.raises(ValueError, match="path_initial_model_for_weight_conversion"):
-        model().save_pretrained(tmp_path, path_initial_model_for_weight_conversion="x")
     LoraConfig().save_pretrained(tmp_path)
     (tmp_path / "adapter_model.bin").touch()
-    with pytest.raises(ValueError, match="a pickle that can run code"):
+    with pytest.raises(ValueError, match="is a pickle, which can run code"):
         load_peft_weights(tmp_path)
 
 

@@ -11,6 +11,7 @@ import warnings
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -226,3 +227,53 @@ def test_reference_optimizer_equals_ours(installed):
         for optimizer in kinds:
             optimizer.step()
     torch.testing.assert_close(a, b)
+
+
+def test_unknown_settings_warn_as_in_peft(installed, tmp_path):
+    pyqlora.LoraConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{"later": 1,', 1))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['later'\] for class LoraConfig"):
+        pyqlora.LoraConfig.from_pretrained(tmp_path)
+    compat.uninstall()
+    with pytest.raises(ValueError, match="with later=1: pyqlora does not know this setting"):
+        pyqlora.LoraConfig.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_written_and_read_as_tensors_only(installed, tmp_path):
+    model = pyqlora.get_peft_model(tiny.mlp(), pyqlora.LoraConfig(target_modules=["up"], init_lora_weights=False))
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.bin"]
+    x = torch.randn(2, 11)
+    assert torch.equal(pyqlora.PeftModel.from_pretrained(tiny.mlp(), tmp_path)(x), model(x))
+    torch.save({"code": compat.install}, tmp_path / "adapter_model.bin")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        pyqlora.PeftModel.from_pretrained(tiny.mlp(), tmp_path)
+
+
+def test_version_is_that_of_pefts_config_module(installed, monkeypatch):
+    config = importlib.import_module("peft.config")
+    monkeypatch.setattr(config, "__version__", "0.99.dev0")
+    assert pyqlora.LoraConfig().peft_version == "0.99.dev0@UNKNOWN"
+    monkeypatch.setattr(config, "_get_commit_hash", lambda package: "abc")
+    assert pyqlora.LoraConfig().peft_version == "0.99.dev0@abc"
+    monkeypatch.setattr(config, "_get_commit_hash", lambda package: 1 / 0)
+    with pytest.warns(UserWarning, match="error while trying to determine the commit hash"):
+        assert pyqlora.LoraConfig().peft_version == "0.99.dev0@UNKNOWN"
+
+
+def test_backend_names_in_the_status(installed):
+    from peft.utils.quantization_utils import Bnb8bitBackend
+
+    model = pyqlora.get_peft_model(tiny.mlp(), pyqlora.LoraConfig(target_modules=["up"]))
+    assert model.get_model_status().quantization_backend is None
+    model.base_model.model.up.quantization_backend = Bnb8bitBackend()
+    assert model.get_model_status().quantization_backend == "bnb 8bit"
+
+
+def test_empty_weights(installed):
+    from peft.utils.integrations import init_empty_weights, skip_init_on_device
+
+    with init_empty_weights():
+        assert nn.Linear(1, 1).weight.device.type == "meta"
+        assert skip_init_on_device(nn.Linear)(1, 1).weight.device.type == "cpu"

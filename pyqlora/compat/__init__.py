@@ -13,6 +13,7 @@ import warnings
 from types import ModuleType
 
 from pyqlora.compat import bitsandbytes, bitsandbytes_ops, peft
+from pyqlora.compat.peft_behaviour import Overrides
 from pyqlora.compat.stand_in import VersionFinder, forget_availability, module_tree
 
 __all__ = ["install", "uninstall"]
@@ -21,6 +22,7 @@ PEERS = (bitsandbytes, peft)
 
 _set_aside: dict[str, ModuleType] = {}
 _finder = VersionFinder({peer.NAME: peer.VERSION for peer in PEERS})
+_overrides = Overrides()
 
 
 def install() -> None:
@@ -38,9 +40,7 @@ def install() -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] == peer.NAME]:
             _set_aside[name] = sys.modules.pop(name)
         sys.modules.update(module_tree(peer.NAME, peer.VERSION, peer.MODULES))
-    for owner, methods in peft.METHODS.items():
-        for name, method in methods.items():
-            setattr(owner, name, method)
+    _overrides.install()
     sys.meta_path.insert(0, _finder)
     bitsandbytes_ops.register()
     forget_availability()
@@ -55,8 +55,6 @@ def uninstall() -> None:
         del sys.modules[name]
     sys.modules.update(_set_aside)
     _set_aside.clear()
-    for owner, methods in peft.METHODS.items():
-        for name in methods:
-            delattr(owner, name)
+    _overrides.uninstall()
     bitsandbytes_ops.unregister()
     forget_availability()

@@ -6,12 +6,9 @@ import importlib.metadata
 import re
 
 from pyqlora import inject
-from pyqlora.auxiliary import ModulesToSaveWrapper
-from pyqlora.compat import peft_internals
 from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
-from pyqlora.trainable_tokens import TrainableTokensWrapper
 from pyqlora.tuner import LoraModel
 
 NAME = "peft"
@@ -69,18 +66,6 @@ _CONSTANTS = {
 }
 _BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": UserWarning}
 
-# What programs call on PEFT's classes beside their public methods; ours have it while the stand-in is installed.
-METHODS = {
-    LoraLayer: {"_all_available_adapter_names": lambda layer: sorted(layer.adapters())},
-    ModulesToSaveWrapper: {"_adapters": property(ModulesToSaveWrapper.adapters), "adapter_layer_names": []},
-    TrainableTokensWrapper: {"_adapters": property(TrainableTokensWrapper.adapters), "adapter_layer_names": []},
-    LoraModel: {
-        "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
-        "get_model_config": staticmethod(inject.model_config),
-        "supports_lora_conversion": lambda model, adapter_name="default": False,
-    },
-}
-
 
 def _transformers_at_least(*wanted: int) -> bool:
     try:
@@ -102,26 +87,32 @@ _IMPORT_UTILS = {f"is_{package}_available": lambda: False for package in _ABSENT
 
 _INNER = (
     "pyqlora.compat.peft_internals",
+    "pyqlora.compat.peft_behaviour",
     _CONSTANTS,
     _BASES,
     _MAPPINGS,
 )  # its functions before the core's of that name
 _CORE = (
     *("pyqlora", "pyqlora.config", "pyqlora.inject", "pyqlora.layers", "pyqlora.lora_layer"),
-    *("pyqlora.auxiliary", "pyqlora.trainable_tokens"),
+    *("pyqlora.auxiliary", "pyqlora.trainable_tokens", "pyqlora.attention", "pyqlora.parameters", "pyqlora.kinds"),
 )
 _ALL = (*_INNER, *_CORE, _REFUSED)
 
 _PATHS = (
     *("config", "functional", "mapping", "mapping_func", "peft_model"),
     *("tuners", "tuners.lora", "tuners.lora.config", "tuners.lora.layer", "tuners.lora.model", "tuners.tuners_utils"),
-    *("utils", "utils.constants", "utils.other", "utils.peft_types", "utils.save_and_load"),
+    *("utils", "utils.constants", "utils.integrations", "utils.other", "utils.peft_types", "utils.quantization_utils"),
+    "utils.save_and_load",
 )
 
 MODULES = {
     "": _ALL,
     **dict.fromkeys(_PATHS, _ALL),
     "import_utils": (_IMPORT_UTILS,),
+    "helpers": ("pyqlora.helpers",),
     "utils.hotswap": ("pyqlora.hotswap",),
+    "optimizers": ("pyqlora.loraplus", "pyqlora.optim"),
+    "optimizers.loraplus": ("pyqlora.loraplus",),
+    "tuners.lora.dora": ("pyqlora.variants",),
     "tuners.lora.variants": ("pyqlora.variants",),
 }

@@ -74,7 +74,11 @@ def _find_minimal_target_modules(target_modules: Iterable[str], other_module_nam
     if "" in target_modules:
         raise ValueError("target_modules should not contain an empty string.")
     if common := set(target_modules) & set(other_module_names):
-        raise ValueError(f"target_modules and other_module_names contain common elements: {sorted(common)}")
+        raise ValueError(
+            "target_modules and other_module_names contain common elements, this should not happen, please open a "
+            "GitHub issue at https://github.com/huggingface/peft/issues with the code to reproduce this issue: "
+            f"{sorted(common)}"
+        )
     return inject.minimal_targets(target_modules, other_module_names)
 
 

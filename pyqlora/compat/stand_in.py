@@ -51,7 +51,8 @@ class StandIn(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}: pyqlora does not stand in for it")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        home = next((space for space in self._namespaces() if name in space), self.__dict__)
+        spaces = [] if name.startswith("__") else self._namespaces()
+        home = next((space for space in spaces if name in space), self.__dict__)
         if home is not self.__dict__:
             self._patched.setdefault(name, (home, home[name]))
         home[name] = value
