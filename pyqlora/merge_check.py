@@ -75,7 +75,8 @@ def tokenizer_at_hand(model: nn.Module) -> Any:
         return None
     path = model.name_or_path
     if path.endswith(".gguf"):
-        from pyqlora.integrations.gguf import GGUFFile, load_tokenizer
+        from pyqlora.integrations.gguf import GGUFFile
+        from pyqlora.integrations.gguf_tokenizer import load_tokenizer
 
         return load_tokenizer(GGUFFile(path))
     from transformers import AutoTokenizer

@@ -61,7 +61,7 @@ class Source:
         """The tokenizer, with a padding token."""
         if self.gguf is None:
             return self.tokenizer_in(self.model)
-        from pyqlora.integrations.gguf import load_tokenizer
+        from pyqlora.integrations.gguf_tokenizer import load_tokenizer
 
         return _with_padding(load_tokenizer(self.gguf))
 

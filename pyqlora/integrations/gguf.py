@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,41 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from pyqlora.integrations.gguf_names import ARCHITECTURES, Architecture, transformers_name
+
 # Value types of the metadata: struct codes by GGUF type number; 8 is a string, 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
-CONTROL, USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-
-# GGUF's names for the tensors of a decoder block, and transformers'.
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# How each `tokenizer.ggml.pre` splits text before merging: a regular expression, or None for GPT-2's own.
-SPLITS = {
-    "gpt-2": None,
-    "smollm": None,
-    "llama-bpe": LLAMA3_SPLIT,
-    "qwen2": LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
-SINGLE_DIGITS = ("smollm",)
 
 
 @dataclass(frozen=True)
@@ -186,11 +158,13 @@ def load_config(file: GGUFFile) -> Any:
 
     if get("expert_count", 0):
         raise ValueError(f"{file.path}: mixture-of-experts GGUF files are not supported")
-    if get("rope.scaling.type", "none") != "none":
-        raise ValueError(f"{file.path}: rope scaling {get('rope.scaling.type')!r} in a GGUF file is not supported")
+    scaling = get("rope.scaling.type", "none")
+    if scaling != "none" and (architecture, scaling) != ("gemma3", "linear"):
+        raise ValueError(f"{file.path}: rope scaling {scaling!r} in a GGUF file is not supported")
     heads = get("attention.head_count")
+    row = ARCHITECTURES[architecture]
     return AutoConfig.for_model(
-        architecture,
+        row.model_types[0],
         vocab_size=file.tensors["token_embd.weight"].shape[0],
         hidden_size=get("embedding_length"),
         intermediate_size=get("feed_forward_length"),
@@ -200,30 +174,35 @@ def load_config(file: GGUFFile) -> Any:
         head_dim=get("attention.key_length", get("embedding_length") // heads),
         max_position_embeddings=get("context_length"),
         rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)},
+        rope_parameters=_rope(get, architecture),
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        **(_gemma(get, row) if row.scalar_layers else {}),
     )
 
 
-def transformers_name(name: str) -> str | None:
-    """Where the GGUF tensor `name` belongs in the transformers model; None if it has no counterpart."""
-    if name == "rope_freqs.weight":
-        return None
-    parts = name.split(".")
-    if parts[0] == "blk" and len(parts) == 4 and parts[2] in BLOCK_NAMES:
-        return f"model.layers.{parts[1]}.{BLOCK_NAMES[parts[2]]}.{parts[3]}"
-    if len(parts) == 2 and parts[0] in OUTER_NAMES:
-        return f"{OUTER_NAMES[parts[0]]}.{parts[1]}"
-    raise ValueError(f"GGUF tensor {name} has no known place in a transformers model")
+def _rope(get: Callable[..., Any], architecture: str) -> dict[str, Any]:
+    """transformers' rope_parameters; Gemma 3 turns its sliding layers by a base of their own."""
+    whole = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
+    if architecture != "gemma3":
+        return whole
+    if get("rope.scaling.type", "none") == "linear":
+        whole |= {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+    return {"full_attention": whole, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 
 
-def _halves_from_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary rows back from llama.cpp's order (x0 y0 x1 y1 ...) to transformers' (x0 x1 ... y0 y1 ...), per head."""
-    pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape)
+def _gemma(get: Callable[..., Any], row: Architecture) -> dict[str, Any]:
+    """What Gemma 2 and 3 have beside a llama's config."""
+    hidden, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = get("attention.key_length", hidden // heads)
+    return {
+        "query_pre_attn_scalar": row.query_scalar(get("block_count"), heads, hidden, head_dim),
+        "sliding_window": get("attention.sliding_window"),
+        "attn_logit_softcapping": get("attn_logit_softcapping", 0.0) or None,
+        "final_logit_softcapping": get("final_logit_softcapping", 0.0) or None,
+    }
 
 
 def load_model(
@@ -263,15 +242,12 @@ def load_model(
                 device="meta",
             )
             model.set_submodule(name, quantized)
-    rotated = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    architecture = file.metadata["general.architecture"]
     for name in file.tensors:
-        target = transformers_name(name)
+        target = transformers_name(name, architecture)
         if target is None:
             continue
-        value = file.read(name)
-        block_part = name.split(".")[-2]
-        if config.model_type == "llama" and block_part in rotated:
-            value = _halves_from_pairs(value, rotated[block_part])
+        value = ARCHITECTURES[architecture].from_gguf(name, file.read(name), config)
         owner, leaf = target.rsplit(".", 1)
         module = model.get_submodule(owner)
         if isinstance(module, Linear4bit) and leaf == "weight":
@@ -290,52 +266,3 @@ def load_model(
     model.generation_config.pad_token_id = config.pad_token_id
     model.name_or_path = str(file.path)
     return model.to(device).eval()
-
-
-def load_tokenizer(file: GGUFFile) -> Any:
-    """The fast transformers tokenizer that the metadata describes, with its chat template.
-
-    Byte-level vocabularies with a known way of splitting are built from the header that is already read;
-    the others are left to transformers, which reads the file once more.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-    from tokenizers.models import BPE
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    metadata = file.metadata
-    split = metadata.get("tokenizer.ggml.pre")
-    if metadata.get("tokenizer.ggml.model") != "gpt2" or split not in SPLITS:
-        return AutoTokenizer.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    whole_words = split == "llama-bpe"  # a word that is in the vocabulary is not merged from pieces
-    tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=whole_words))
-    if split == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split in SINGLE_DIGITS else []
-    if SPLITS[split] is not None:
-        steps.append(pre_tokenizers.Split(Regex(SPLITS[split]), "isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=SPLITS[split] is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
-    kinds = metadata.get("tokenizer.ggml.token_type", ())
-    marked = [(token, kind) for token, kind in zip(tokens, kinds, strict=False) if kind in (CONTROL, USER_DEFINED)]
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=kind == CONTROL) for t, kind in marked])
-
-    def special(key: str) -> str | None:
-        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        return None if index is None else tokens[index]
-
-    bos = special("bos")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
-        ids = [(bos, tokens.index(bos))]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", ids)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=special("eos"),
-        unk_token=special("unknown"),
-        pad_token=special("padding") or special("eos"),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-    )

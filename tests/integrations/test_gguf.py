@@ -11,7 +11,9 @@ import gguf
 import tiny_model
 
 from pyqlora.functional import dequantize_4bit
-from pyqlora.integrations.gguf import BLOCK_NAMES, GGUFFile, load_config, load_model, load_tokenizer, transformers_name
+from pyqlora.integrations.gguf import GGUFFile, load_config, load_model
+from pyqlora.integrations.gguf_names import BLOCK_NAMES, transformers_name
+from pyqlora.integrations.gguf_tokenizer import load_tokenizer
 from pyqlora.nn import Linear4bit
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
