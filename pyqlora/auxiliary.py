@@ -150,13 +150,17 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[self._active_adapter] if merge and self._active_adapter else self.original_module
 
 
-def wrap_modules_to_save(model: nn.Module, config: LoraConfig, adapter_name: str, active: bool) -> None:
-    """Give the adapter its copy of every module whose name ends in one of modules_to_save.
+def wrap_modules_to_save(
+    model: nn.Module, config: LoraConfig, adapter_name: str, active: bool, tied: list[str]
+) -> None:
+    """Give the adapter its copy of every module whose name ends in one of modules_to_save, or is one of `tied`.
+
+    The copies of those named in `tied` share one weight.
 
     Raises:
         ValueError: a name that no module has, or one inside a LoRA layer.
     """
-    wanted = tuple(config.modules_to_save or ())
+    wanted = (*(config.modules_to_save or ()), *tied)
     if not wanted:
         return
     wrapped: dict[nn.Module, ModulesToSaveWrapper] = {}
@@ -179,3 +183,6 @@ def wrap_modules_to_save(model: nn.Module, config: LoraConfig, adapter_name: str
             setattr(parent, child_name, wrapper)
         wrapper.update(adapter_name)
         wrapper.set_adapter(adapter_name if active else wrapper.active_adapters, config.inference_mode)
+    copies = [model.get_submodule(name).modules_to_save[adapter_name] for name in tied]
+    for other in copies[1:]:
+        other.weight = copies[0].weight

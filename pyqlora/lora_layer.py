@@ -50,6 +50,7 @@ class LoraLayer(nn.Module):
         self._frozen_by_disabling: list[nn.Parameter] = []
         self._stashed: list[nn.Module] = []  # the quantized base layer while its merged twin stands in for it
         self._dora_factors: dict[str, Tensor] = {}  # by which a merged DoRA adapter has multiplied the weight
+        self.tied_to: tuple[LoraLayer] | None = None  # the layer whose factors this one shares; see pyqlora.tying
         self._dora_cache: dict[str, Tensor] = {}  # the norms that DoraCaching keeps
         self.in_features, self.out_features = self.base_features()
         self.update_layer(adapter_name, r, lora_alpha, config)

@@ -19,11 +19,11 @@ Adapted = LoraLayer | Wrapper
 
 
 def find_targets(
-    config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None
+    config: LoraConfig, model: nn.Module, state_dict: dict[str, Tensor] | None, tied: list[str]
 ) -> tuple[list[tuple[str, nn.Module]], bool, bool]:
     """(name, module) of what to adapt, and whether any was excluded and any not targeted.
 
-    Layers that are adapted already are not looked into.
+    Layers that are adapted already are not looked into. Of `tied` layers only the first is chosen: it has the adapter.
     """
     stored = None
     if state_dict is not None and config.target_parameters:
@@ -40,6 +40,8 @@ def find_targets(
         if isinstance(module, Adapted):
             inside += (f"{name}.",)
         chosen = match(config, name) if stored is None else name.removeprefix(COMPILED) in stored
+        if name in tied:
+            chosen = name == tied[0]
         if chosen:
             targets.append((name, module))
         excluded |= chosen is EXCLUDED

@@ -21,6 +21,7 @@ from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
 from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_targets
 from pyqlora.trainable_tokens import wrap_trainable_tokens
+from pyqlora.tying import Ties, tie_layers
 from pyqlora.unload import unload, untie
 from pyqlora.weighted import fill, weighted_config
 
@@ -118,15 +119,18 @@ class LoraModel(nn.Module):
                 raise ValueError("Cannot add another LoRA adapter when layer replication is used in any of them")
             replicate_layers(model, config.layer_replication)
         first = not any(True for _ in self.adapted())
+        ties = Ties(config, model)
         resolve_targets(config, model)
-        targets, excluded, missed = find_targets(config, model, state_dict)
+        targets, excluded, missed = find_targets(config, model, state_dict, ties.targets)
         trainable = [] if first else [p for p in model.parameters() if p.requires_grad]
         for name, module in targets:
             r = pattern_value(config.rank_pattern, name, config.r)
             alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self._adapt(model, name, module, adapter_name, config, r, alpha)
-        modules = [name for name, _ in targets]
+            if ties.targets:
+                tie_layers(model, ties.targets, adapter_name, config, config.r, config.lora_alpha)
+        modules = [name for name, _ in targets] + ties.targets[1:]
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             parameters = wrap_parameters(model, config, adapter_name)
         if not modules and not parameters:
@@ -135,7 +139,7 @@ class LoraModel(nn.Module):
         self.targeted_module_names += [name for name in modules if name not in self.targeted_module_names]
         self.targeted_parameter_names += [name for name in parameters if name not in self.targeted_parameter_names]
         active = adapter_name in self.active_adapters
-        wrap_modules_to_save(model, config, adapter_name, active)
+        wrap_modules_to_save(model, config, adapter_name, active, ties.saved)
         wrap_trainable_tokens(model, config, adapter_name, active)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._freeze_base()

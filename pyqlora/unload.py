@@ -11,6 +11,7 @@ from pyqlora import dense
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
+from pyqlora.tying import tie_again
 
 
 def unload(
@@ -24,6 +25,7 @@ def unload(
     """Take all adapters out of a model, in place; arguments as in LoraModel.merge_and_unload."""
     kinds = (LoraLayer, ModulesToSaveWrapper, TrainableTokensWrapper)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     names.reverse()  # the innermost first: LoRA layers may hold others
     for name in _progress(names, progressbar, "Unloading and merging model" if merge else "Unloading model"):
         module = model.get_submodule(name)
@@ -35,6 +37,8 @@ def unload(
             left = module.unloaded(merge, adapter_names)
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, left)
+    if merge:
+        tie_again(layers)
     if merge and not requantize:
         dense.dequantize_model(model)
     if hasattr(model, "peft_config"):

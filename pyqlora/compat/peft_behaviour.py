@@ -30,7 +30,7 @@ def _get_commit_hash(package: str) -> str | None:
 def format_version() -> str:
     """The version for adapter_config.json: that of `peft.config`, with a commit where it is a development version."""
     module = sys.modules["peft.config"]
-    version = module.__version__
+    version = getattr(module, "__version__", config.PEFT_FORMAT_VERSION)
     if ".dev" not in version:
         return version
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqlora import inject, kbit
+from pyqlora import inject, kbit, tying
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.dense import is_4bit
@@ -123,18 +123,4 @@ def _filter_state_dict_by_key_prefixes(state_dict: dict[str, Any], prefixes: set
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules whose weight is the input embedding's."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base = base.model if isinstance(base, LoraModel) else base
-    tied = getattr(base, "_tied_weights_keys", None)
-    if not tied or getattr(getattr(base, "config", None), "tie_word_embeddings", None) is False:
-        return []
-    if isinstance(tied, dict):
-        if not hasattr(base, "get_input_embeddings"):
-            raise ValueError(
-                "The supplied model implements `_tied_weights_keys` as a dict but doesn't implement "
-                "'get_input_embeddings' so we can't determine which weights are tied to embeddings."
-            )
-        own = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
-        present = {name for name, parameter in base.named_parameters(remove_duplicate=False) if id(parameter) in own}
-        present |= {name.replace(".base_layer.", ".") for name in present}
-        tied = [key for key, source in tied.items() if source in present]
-    return sorted({key.rpartition(".")[0] for key in tied})
+    return tying.tied_names(base.model if isinstance(base, LoraModel) else base)
