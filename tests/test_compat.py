@@ -41,6 +41,7 @@ def run(*args: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", STAND_INS)
 def test_every_name_that_a_stand_in_lists_can_be_read(installed, name):
+    pytest.importorskip("transformers")
     module = importlib.import_module(name)
     assert importlib.util.find_spec(name) is module.__spec__
     assert all(hasattr(module, entry) for entry in dir(module))

@@ -77,7 +77,8 @@ def _parametrize(module: nn.Module, name: str, state: QuantState) -> None:
 
 
 def _register_parametrization_hooks(module: nn.Module, name: str) -> None:
-    module.register_state_dict_post_hook(partial(_parametrized_state_dict_post_hook, param_name=name))
+    register = getattr(module, "register_state_dict_post_hook", None) or module._register_state_dict_hook  # torch 2.4
+    register(partial(_parametrized_state_dict_post_hook, param_name=name))
     # always_call: checkpointing ends a recomputed forward by an exception, after which the cache must close too
     module.register_forward_pre_hook(_enable_parametrization_cache)
     module.register_forward_hook(_disable_parametrization_cache, always_call=True)
