@@ -74,12 +74,11 @@ class Optimizer8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group_index, group in enumerate(self.param_groups):
-            configs = self._configs(group_index, group)
-            self._add_states({p: config for p, config in configs.items() if "state1" not in self.state[p]})
+            entries = [(p, config, self.state[p]) for p, config in self._configs(group_index, group)]
+            self._add_states({p: config for p, config, state in entries if "state1" not in state})
             batches: dict[Any, tuple[dict[str, Any], Batch]] = {}
             copies = []
-            for p, config in configs.items():
-                state = self.state[p]
+            for p, config, state in entries:
                 state["step"] += 1
                 schedule = state["step"] if config.get("t_alpha") or config.get("t_beta3") else None
                 key = (p.dtype, p.device, state["state1"].dtype, id(config), schedule)
@@ -95,22 +94,22 @@ class Optimizer8bit(torch.optim.Optimizer):
                 p.copy_(contiguous)
         return loss
 
-    def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> dict[Tensor, dict]:
-        """Configurations of the group's parameters that have a gradient, or all; one object where they are equal."""
+    def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> list[tuple[Tensor, dict]]:
+        """The group's parameters that have a gradient, or all, with their configurations: one object where equal."""
         shared = {**self.config, **{key: value for key, value in group.items() if key != "params"}}
-        configs = {}
         by_id, by_index = self.mng.pid2config, self.mng.index2config
         for module, name, config in self.mng.module_weight_config_triple:
             by_id[id(getattr(module, name))] = config
-        for index, p in enumerate(group["params"]):
-            if p.grad is None and not all_params:
-                continue
-            configs[p] = shared
-            if by_id or by_index:
-                overrides = {**by_index.get((group_index, index), {}), **by_id.get(id(p), {})}
-                if overrides:
-                    configs[p] = {**shared, **overrides}
-                    _check_config(configs[p])
+        params = list(enumerate(group["params"]))
+        if not all_params:
+            params = [(index, p) for index, p in params if p.grad is not None]
+        if not by_id and not by_index:
+            return [(p, shared) for _, p in params]
+        configs = []
+        for index, p in params:
+            overrides = {**by_index.get((group_index, index), {}), **by_id.get(id(p), {})}
+            configs.append((p, {**shared, **overrides} if overrides else shared))
+            _check_config(configs[-1][1])
         return configs
 
     def _add_states(self, configs: dict[Tensor, dict[str, Any]]) -> None:
