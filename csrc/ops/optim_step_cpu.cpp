@@ -21,7 +21,7 @@ struct Chunk {
     int64_t begin, end;
 };
 constexpr int64_t kChunk = 64 * kStateBlock;
-constexpr int64_t kPart = 64;  // of a block
+constexpr int64_t kPart = 128;  // of a block
 static_assert(kChunk % kNormChunk == 0);
 
 // A sum in the order that optim_step.h lays down.

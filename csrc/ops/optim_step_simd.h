@@ -151,18 +151,15 @@ struct Avx512 : Avx2 {
         apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
     }
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
-        static const bool vbmi = __builtin_cpu_supports("avx512vbmi");
-        int64_t whole = n / 64 * 64;
-        if (vbmi)
-            decode_bytes(codes, q, absmax, x, whole);
-        else
-            decode_floats(codes, q, absmax, x, whole);
-        Scalar::decode(codes, q + whole, absmax, x + whole, n - whole);
+        static const auto decode64 = __builtin_cpu_supports("avx512vbmi") ? decode_bytes : decode_floats;
+        const int64_t whole = n / 64 * 64;
+        decode64(codes, q, absmax, x, whole);
+        if (whole < n) Scalar::decode(codes, q + whole, absmax, x + whole, n - whole);
     }
     static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
         codes.sign ? encode64<true>(codes, x, factor, q, n) : encode64<false>(codes, x, factor, q, n);
         const int64_t whole = n / 64 * 64;
-        Scalar::encode(codes, x + whole, factor, q + whole, n - whole);
+        if (whole < n) Scalar::encode(codes, x + whole, factor, q + whole, n - whole);
     }
 
   private:
