@@ -1,4 +1,8 @@
-"""`python -m benchmarks [quantize linear_4bit ...]`: run benchmarks, print tables, write JSON."""
+"""`python -m benchmarks [quantize linear_4bit ...]`: run benchmarks, print tables, write JSON.
+
+Where torch has a GPU and this build its kernels, the benchmarks are those of benchmarks/gpu, with `dispatch`, which
+fits the thresholds between the kernels; else (or with --device cpu) those of the CPU.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +11,58 @@ import importlib
 import json
 from pathlib import Path
 
-from benchmarks import harness
+import torch
+
+from benchmarks.gpu import run as gpu_benchmarks
+from pyqlora import _C
 
 HERE = Path(__file__).parent
-NAMES = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
+CPU_NAMES = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
+
+
+def on_cpu(names: list[str], threads: int, rounds: int, file: Path | None) -> None:
+    from benchmarks import harness
+
+    machine = harness.machine(threads)
+    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
+    results = []
+    for name in names:
+        print(f"\n## {name}\n\n{harness.HEADER}", flush=True)
+        for case in importlib.import_module(f"benchmarks.bench_{name}").cases():
+            result = harness.measure(case, rounds)
+            print(harness.row(result), flush=True)
+            results.append({"benchmark": name, **result})
+    if file:
+        file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+
+
+def on_gpu(names: list[str], rounds: int, file: Path | None) -> None:
+    from benchmarks.gpu import dispatch, machine
+
+    gpu = machine.Gpu()
+    gpu_benchmarks.run(gpu, [name for name in names if name != "dispatch"], rounds, file)
+    if "dispatch" in names:
+        print("\n## dispatch\n")
+        dispatch.refit(gpu, rounds)
 
 
 def main() -> None:
+    device = "cuda" if _C.with_cuda and torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="pyqlora beside its peers, interleaved.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    names = {"cpu": CPU_NAMES, "cuda": [*gpu_benchmarks.NAMES, "dispatch"]}
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names[device])}; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default here: {device}")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1: compare CPU time)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; the median is reported")
-    parser.add_argument("--json", type=Path, help="write every sample here")
+    parser.add_argument("--json", type=Path, help="write the machine and every result here")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(NAMES):
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    machine = harness.machine(arguments.threads)
-    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    results = []
-    for name in arguments.names or NAMES:
-        print(f"\n## {name}\n\n{harness.HEADER}", flush=True)
-        for case in importlib.import_module(f"benchmarks.bench_{name}").cases():
-            result = harness.measure(case, arguments.rounds)
-            print(harness.row(result), flush=True)
-            results.append({"benchmark": name, **result})
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+    known = names[arguments.device]
+    if unknown := set(arguments.names) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if arguments.device == "cuda":
+        on_gpu(arguments.names or known, arguments.rounds, arguments.json)
+    else:
+        on_cpu(arguments.names or known, arguments.threads, arguments.rounds, arguments.json)
 
 
 if __name__ == "__main__":

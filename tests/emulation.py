@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / f"emulation-{sys.implementation.cache_tag}"
 
 
-def _tool(name: str) -> str | None:
+def tool(name: str) -> str | None:
     """A program of this Python's environment, which need not be on PATH."""
     return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
 
@@ -41,7 +41,7 @@ def build(*targets: str) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
         pytest.skip("emulating CUDA needs a C++ compiler: none on PATH")
-    cmake, ninja = _tool("cmake"), _tool("ninja")
+    cmake, ninja = tool("cmake"), tool("ninja")
     assert cmake and ninja, "emulating CUDA needs cmake and ninja: pip install 'pyqlora[test]'"
     configure = [cmake, "-S", ROOT / "csrc" / "emulation", "-B", BUILD, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CXX_COMPILER={compiler}"]

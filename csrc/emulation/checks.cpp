@@ -2,6 +2,7 @@
 // Every byte of shared and device memory has a cell that remembers who touched it last: races (two threads, no barrier
 // in between), misaligned accesses and those outside an object, reads of what no one wrote, and any touch of what a
 // cp.async has yet to deliver are errors.
+#include "counts.h"
 #include "engine.h"
 
 #if !defined(PYQLORA_EMULATION_CHECKED)
@@ -125,23 +126,25 @@ void access(const void* p, size_t bytes, bool write, int lane) {
 }  // namespace emulation::checks
 
 using emulation::checks::access;
-static void aligned_access(void* p, size_t bytes, bool write) {
-    if (reinterpret_cast<uintptr_t>(p) % bytes && emulation::inside_kernel())
+static void hook(void* p, size_t bytes, bool write, bool aligned, void* instruction) {
+    if (aligned && reinterpret_cast<uintptr_t>(p) % bytes && emulation::inside_kernel())
         emulation::fail("%zu-byte access at the misaligned address %p", bytes, p);
     access(p, bytes, write);
+    emulation::counts::note(instruction, p, bytes, write);
 }
-#define EMULATION_HOOK(bytes)                                                          \
-    extern "C" void __tsan_read##bytes(void* p) { aligned_access(p, bytes, false); }   \
-    extern "C" void __tsan_write##bytes(void* p) { aligned_access(p, bytes, true); }   \
-    extern "C" void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false); } \
-    extern "C" void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, true); }
+#define EMULATION_CALLER __builtin_return_address(0)
+#define EMULATION_HOOK(n)                                                                             \
+    extern "C" void __tsan_read##n(void* p) { hook(p, n, false, true, EMULATION_CALLER); }            \
+    extern "C" void __tsan_write##n(void* p) { hook(p, n, true, true, EMULATION_CALLER); }            \
+    extern "C" void __tsan_unaligned_read##n(void* p) { hook(p, n, false, false, EMULATION_CALLER); } \
+    extern "C" void __tsan_unaligned_write##n(void* p) { hook(p, n, true, false, EMULATION_CALLER); }
 EMULATION_HOOK(1)
 EMULATION_HOOK(2)
 EMULATION_HOOK(4)
 EMULATION_HOOK(8)
 EMULATION_HOOK(16)
-extern "C" void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, false); }
-extern "C" void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, true); }
+extern "C" void __tsan_read_range(void* p, size_t bytes) { hook(p, bytes, false, false, EMULATION_CALLER); }
+extern "C" void __tsan_write_range(void* p, size_t bytes) { hook(p, bytes, true, false, EMULATION_CALLER); }
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
 extern "C" void __tsan_func_entry(void*) {}

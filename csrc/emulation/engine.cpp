@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "counts.h"
 #include "cuda_runtime.h"
 #include "fiber.h"
 
@@ -361,6 +362,7 @@ bool run_grid(dim3 grid, dim3 block, size_t dynamic_bytes, Body body, void* clos
             for (unsigned x = 0; x < grid.x; ++x) {
                 begin_block({x, y, z}, dynamic_bytes);
                 run_block();
+                counts::end_block();
                 if (engine.failed) return false;
             }
         }

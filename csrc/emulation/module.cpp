@@ -1,6 +1,7 @@
 // The extension module of an emulation build: the CUDA operations under `cuda`, and the device itself.
 #include <pybind11/pybind11.h>
 
+#include "counts.h"
 #include "cuda_runtime.h"
 #include "ops/bind.h"
 #include "probes.h"
@@ -51,6 +52,17 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
             emulation::set_copies(when == "late" ? emulation::Copies::late : emulation::Copies::early);
         },
         "when"_a, "When cp.async moves its bytes: at the wait, or at once.");
+    m.def("start_counting", &emulation::counts::start, "Count how the accesses of the following launches fall.");
+    m.def(
+        "stop_counting",
+        [] {
+            py::list totals;
+            for (const auto& t : emulation::counts::stop())
+                totals.append(py::make_tuple(t.shared ? "shared" : "device", t.write ? "store" : "load", t.bytes,
+                                             t.requests, t.taken, t.ideal));
+            return totals;
+        },
+        "Of each instruction in each block: (space, kind, bytes a lane, requests, wavefronts or sectors, ideally).");
     m.def(
         "probe",
         [](const std::string& name, int misuse, uintptr_t in, uintptr_t out) {

@@ -7,7 +7,8 @@ mma
 dequantize
     W decoded into memory in one launch, then torch.matmul.
 
-The environment variable PYQLORA_LINEAR_4BIT names one of them for all shapes that it can serve.
+The environment variable PYQLORA_LINEAR_4BIT names one of them for all shapes that it can serve, or sets thresholds of
+the table below, as "mma_rows=48 simt_rows=2": `python -m benchmarks dispatch` measures them on the GPU at hand.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,16 +24,28 @@ from torch import Tensor
 from pyqlora.ops.backend import native
 from pyqlora.ops.quantize import dequantize_4bit_into
 
-# The dispatch table. By compute capability: up to how many rows of x tensor-core kernels of this kind have the better
-# of decoding W and a library GEMM, which on the large GPUs has faster instructions to itself (see the measurements in
-# bitsandbytes' dispatcher); the next smaller entry serves a capability that is not here. Then, for all: how many rows
-# go through a fused kernel even for a small W, what a small W is, and how many rows go through simt where mma cannot.
-_MMA_ROWS = {75: 32, 80: 64, 86: 64, 89: 64, 90: 32, 100: 16, 120: 64}
-_ALWAYS_FUSED_ROWS = 4
-_SMALL_WEIGHT = 1 << 20
-_SIMT_ROWS = 4
 
-_WAYS = ("simt", "mma", "dequantize")
+@dataclass(frozen=True)
+class Thresholds:
+    """Up to how many rows of x a kernel beats decoding W for a library GEMM, which on the large GPUs has faster
+    instructions to itself."""
+
+    mma_rows: int  # the tensor-core kernel
+    small_mma_rows: int = 4  # the same where W has fewer than `small` weights
+    small: int = 1 << 20
+    simt_rows: int = 4  # the simt kernel, where mma cannot serve
+
+
+# By compute capability; the next smaller entry serves one that is not here. From the measurements in bitsandbytes'
+# dispatcher.
+TABLE = {
+    75: Thresholds(mma_rows=32),
+    80: Thresholds(mma_rows=64),
+    90: Thresholds(mma_rows=32),
+    100: Thresholds(mma_rows=16),
+    120: Thresholds(mma_rows=64),
+}
+WAYS = ("simt", "mma", "dequantize")
 
 
 def forward(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
@@ -48,17 +62,25 @@ def choose(m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, aligned: 
     can_mma = 1 <= m <= 64 and k % 64 == 0 and k <= 1 << 24 and blocksize >= 64 and aligned
     can_mma = can_mma and dtype in (torch.float16, torch.bfloat16)
     can_mma = can_mma and capability >= (80 if dtype == torch.bfloat16 else 75)
-    way = os.environ.get("PYQLORA_LINEAR_4BIT")
-    if way is not None and way not in _WAYS:
-        raise ValueError(f"PYQLORA_LINEAR_4BIT: expected {', '.join(_WAYS[:-1])} or {_WAYS[-1]}, got {way!r}")
+    way, limits = _override(TABLE[max((c for c in TABLE if c <= capability), default=min(TABLE))])
     if way is not None and (way != "mma" or can_mma):
         return way
-    mma_rows = next(
-        rows for least, rows in sorted(_MMA_ROWS.items(), reverse=True) if least <= capability or least == 75
-    )
-    if can_mma and (m <= _ALWAYS_FUSED_ROWS or (m <= mma_rows and n * k >= _SMALL_WEIGHT)):
+    if can_mma and m <= (limits.mma_rows if n * k >= limits.small else limits.small_mma_rows):
         return "mma"
-    return "simt" if m <= _SIMT_ROWS else "dequantize"
+    return "simt" if m <= limits.simt_rows else "dequantize"
+
+
+def _override(limits: Thresholds) -> tuple[str | None, Thresholds]:
+    """The way that PYQLORA_LINEAR_4BIT forces, if any, and the thresholds after what it sets."""
+    text = os.environ.get("PYQLORA_LINEAR_4BIT")
+    if text is None or text in WAYS:
+        return text, limits
+    try:
+        return None, replace(limits, **{name: int(value) for name, value in (p.split("=") for p in text.split())})
+    except (TypeError, ValueError):
+        ways = f"{', '.join(WAYS[:-1])} or {WAYS[-1]}"
+        expected = f"{ways}, or thresholds as in 'mma_rows=48 simt_rows=2'"
+        raise ValueError(f"PYQLORA_LINEAR_4BIT: expected {expected}, got {text!r}") from None
 
 
 @functools.lru_cache(maxsize=64)

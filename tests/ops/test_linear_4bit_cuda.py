@@ -195,8 +195,18 @@ def test_choose_by_environment(monkeypatch):
     monkeypatch.setenv("PYQLORA_LINEAR_4BIT", "mma")
     assert choose(65, *shape[1:]) == "dequantize"
     monkeypatch.setenv("PYQLORA_LINEAR_4BIT", "cublas")
-    with pytest.raises(ValueError, match="PYQLORA_LINEAR_4BIT: expected simt, mma or dequantize, got 'cublas'"):
-        choose(*shape)
+    for wrong in ("cublas", "mma_rows=many", "rows=3"):
+        monkeypatch.setenv("PYQLORA_LINEAR_4BIT", wrong)
+        with pytest.raises(ValueError, match=f"PYQLORA_LINEAR_4BIT: expected simt, mma or deq.*, got '{wrong}'"):
+            choose(*shape)
+
+
+def test_thresholds_by_environment(monkeypatch):
+    choose = linear_4bit_cuda.choose.__wrapped__
+    monkeypatch.setenv("PYQLORA_LINEAR_4BIT", "mma_rows=20 simt_rows=7")
+    rest = 4096, 4096, 64, torch.float16, True, 90
+    assert [choose(m, *rest) for m in (20, 21)] == ["mma", "dequantize"]
+    assert [choose(m, 4096, 4000, *rest[2:]) for m in (7, 8)] == ["simt", "dequantize"]
 
 
 @pytest.mark.parametrize("m", [1, 70])
