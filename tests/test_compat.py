@@ -256,10 +256,10 @@ def test_version_is_that_of_pefts_config_module(installed, monkeypatch):
     config = importlib.import_module("peft.config")
     monkeypatch.setattr(config, "__version__", "0.99.dev0")
     assert pyqlora.LoraConfig().peft_version == "0.99.dev0@UNKNOWN"
-    monkeypatch.setattr(config, "_get_commit_hash", lambda package: "abc")
-    assert pyqlora.LoraConfig().peft_version == "0.99.dev0@abc"
-    monkeypatch.setattr(config, "_get_commit_hash", lambda package: 1 / 0)
-    with pytest.warns(UserWarning, match="error while trying to determine the commit hash"):
+    with mock.patch.object(config, "_get_commit_hash", lambda package: "abc"):
+        assert pyqlora.LoraConfig().peft_version == "0.99.dev0@abc"
+    failing = mock.patch.object(config, "_get_commit_hash", lambda package: 1 / 0)
+    with failing, pytest.warns(UserWarning, match="error while trying to determine the commit hash"):
         assert pyqlora.LoraConfig().peft_version == "0.99.dev0@UNKNOWN"
 
 
