@@ -88,6 +88,7 @@ _IMPORT_UTILS = {f"is_{package}_available": lambda: False for package in _ABSENT
 _INNER = (
     "pyqlora.compat.peft_internals",
     "pyqlora.compat.peft_behaviour",
+    "pyqlora.compat.peft_functional",
     _CONSTANTS,
     _BASES,
     _MAPPINGS,
@@ -111,6 +112,7 @@ MODULES = {
     "import_utils": (_IMPORT_UTILS,),
     "helpers": ("pyqlora.helpers",),
     "utils.hotswap": ("pyqlora.hotswap",),
+    "utils.transformers_weight_conversion": ("pyqlora.compat.transformers_conversion",),
     "optimizers": ("pyqlora.loraplus", "pyqlora.optim"),
     "optimizers.loraplus": ("pyqlora.loraplus",),
     "tuners.lora.dora": ("pyqlora.variants",),

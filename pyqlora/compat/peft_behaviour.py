@@ -89,8 +89,14 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
     },
     MultiheadAttention: {"_restore_weights": lambda layer: None, "__module__": _PATH},
     **{kind: {"__module__": _PATH} for kind in (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)},
-    ModulesToSaveWrapper: {"_adapters": property(ModulesToSaveWrapper.adapters), "adapter_layer_names": []},
-    TrainableTokensWrapper: {"_adapters": property(TrainableTokensWrapper.adapters), "adapter_layer_names": []},
+    **{
+        kind: {
+            "_adapters": property(kind.adapters),
+            "adapter_layer_names": [],
+            "adapter_state_dict_load_map": kind.key_map,
+        }
+        for kind in (ModulesToSaveWrapper, TrainableTokensWrapper)
+    },
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),
