@@ -22,6 +22,7 @@ from pyqlora.adapter_files import (
 )
 from pyqlora.config import PeftConfig
 from pyqlora.conversion import as_plain_lora, splitting_method
+from pyqlora.gradient_check import check_first_backward
 from pyqlora.integrations import adopt
 from pyqlora.model_card import write_model_card
 from pyqlora.tuner import LoraModel
@@ -99,24 +100,17 @@ class PeftModel(nn.Module):
         """The wrapped model's forward; with `adapter_names`, every row of the batch with its own adapter."""
         with self.base_model.rows(adapter_names):
             output = self.get_base_model()(*args, **kwargs)
-        if self.training and not self._gradient_checked and torch.is_grad_enabled():
-            self._gradient_checked = True
-            self._check_gradient(output)
+        watch = self.training and not self._gradient_checked and torch.is_grad_enabled()
+        if watch and not torch.compiler.is_compiling():
+            check_first_backward(output, self._trainable_adapter_parameters, self._gradient_was_checked)
         return output
 
-    def _check_gradient(self, output: Any) -> None:
-        """Warn if adapters are to be trained but the output does not depend on anything trainable."""
-        values = (
-            output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
-        )
-        tensors = [value for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()]
-        if tensors and not any(t.requires_grad for t in tensors) and any(p.requires_grad for p in self.parameters()):
-            warnings.warn(
-                "No gradient will reach the adapters: the model's output does not depend on them for autograd. "
-                "Gradient checkpointing with use_reentrant=True cuts it off where a block's input needs no gradient: "
-                "call model.enable_input_require_grads(), or checkpoint with use_reentrant=False.",
-                stacklevel=3,
-            )
+    def _trainable_adapter_parameters(self) -> list[nn.Parameter]:
+        parameters = (p for layer in self.base_model.lora_layers() for p in layer.adapter_parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def _gradient_was_checked(self) -> None:
+        self._gradient_checked = True
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's generate; `adapter_names` as in forward."""

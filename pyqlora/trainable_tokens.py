@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.rows import BASE_ROW, names_of_rows
+from pyqlora.ties import tied_names
 
 
 class TrainableTokens(nn.Module):
@@ -202,6 +203,8 @@ def wrap_trainable_tokens(model: nn.Module, config: LoraConfig, adapter_name: st
     if not isinstance(wanted, dict):
         paths = [path for path, module in model.named_modules() if module is embedding and embedding is not None]
         wanted = {paths[0] if paths else "embed_tokens": wanted}
+    tied = [path for path in tied_names(model) if embedding is not None]
+    rows: dict[str, list[int]] = {}
     for name, indices in wanted.items():
         if name in (config.modules_to_save or ()):
             raise ValueError(
@@ -213,15 +216,23 @@ def wrap_trainable_tokens(model: nn.Module, config: LoraConfig, adapter_name: st
             raise ValueError(
                 f"Target modules {{{name!r}}} not found in the base model. Please check trainable_token_indices."
             )
-        for path in found:
+        rows.update({path: list(indices) for path in found})
+    own = [path for path, module in model.named_modules() if module is embedding and embedding is not None]
+    shared = [path for path in tied if own and rows.get(path, rows.get(own[0])) == rows.get(own[0])]
+    if config.ensure_weight_tying and shared != tied:
+        raise ValueError(
+            "Cannot ensure weight tying when different token indices are specified for the embedding and the layers "
+            f"tied to it: { ({path: rows.get(path) for path in [*own, *tied]}) }"
+        )
+    for path, indices in rows.items():
+        if path not in shared or path in own:
             _wrap(model, path, None, adapter_name, indices, active, config)
-    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     wrapper = model.get_input_embeddings() if embedding is not None else None
-    if tied and isinstance(wrapper, TrainableTokensWrapper):
-        head = model.get_output_embeddings()
-        for path in [path for path, module in model.named_modules() if module is head and head is not None]:
-            _wrap(model, path, wrapper, adapter_name, [], active, config)
-    elif config.ensure_weight_tying:
+    if isinstance(wrapper, TrainableTokensWrapper):
+        for path in shared:
+            if path not in own:
+                _wrap(model, path, wrapper, adapter_name, [], active, config)
+    if config.ensure_weight_tying and not tied:
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights (tie_word_embeddings=False). Weight "
             "tying will not be applied for trainable_token_indices.",

@@ -53,13 +53,15 @@ def untie(model: nn.Module) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    sharing = {id(other) for layer in layers if layer.tied_to is not None for other in (layer, *layer.tied_to)}
+    for layer in layers:
         base = layer.get_base_layer()
         shared = names.get(id(getattr(base, "weight", None)), [])
-        if len(shared) > 1 and not dense.is_4bit(base):
-            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        if len(shared) < 2 or dense.is_4bit(base):
+            continue
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=base.weight.requires_grad)
+        if id(layer) not in sharing:
             warnings.warn(
                 f"{' and '.join(shared)} are tied and only one of them is adapted: merging unties them, the model "
                 "is to be saved and loaded with tie_word_embeddings=False",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyqlora import inject, kbit, tying
+from pyqlora import inject, kbit, ties
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.dense import is_4bit
@@ -123,4 +123,4 @@ def _filter_state_dict_by_key_prefixes(state_dict: dict[str, Any], prefixes: set
 def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     """Names, in the base model, of the modules whose weight is the input embedding's."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return tying.tied_names(base.model if isinstance(base, LoraModel) else base)
+    return ties.tied_names(base.model if isinstance(base, LoraModel) else base)
