@@ -105,7 +105,8 @@ class Params4bit(torch.nn.Parameter):
 
     def _like(self, data: Tensor) -> Params4bit:
         """`data` under this parameter's settings and state."""
-        return type(self)(data, self.requires_grad, **self.__dict__)
+        # accelerate's init_empty_weights leaves a "requires_grad" among the attributes
+        return type(self)(data, **{**self.__dict__, "requires_grad": self.requires_grad})
 
     def _quantize(self, device: torch.device | str) -> Params4bit:
         self.data, self.quant_state = quantize_4bit(

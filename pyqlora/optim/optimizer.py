@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,13 +53,13 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.optimizer_name = optimizer_name
         self.is_paged = self.paged or is_paged
         self.page_dir = page_dir
-        self.config = {
-            "optim_bits": self.fixed_bits or getattr(args, "optim_bits", optim_bits),
-            "min_8bit_size": getattr(args, "min_8bit_size", min_8bit_size),
-            "max_unorm": getattr(args, "max_unorm", max_unorm),
-            "skip_zeros": getattr(args, "skip_zeros", skip_zeros),
-        }
-        _check_config({**self.config, **defaults})
+        self.args = SimpleNamespace(
+            optim_bits=self.fixed_bits or getattr(args, "optim_bits", optim_bits),
+            min_8bit_size=getattr(args, "min_8bit_size", min_8bit_size),
+            max_unorm=getattr(args, "max_unorm", max_unorm),
+            skip_zeros=getattr(args, "skip_zeros", skip_zeros),
+        )
+        _check_config({**vars(self.args), **defaults})
         super().__init__(params, defaults)
 
     @property
@@ -96,7 +97,7 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> list[tuple[Tensor, dict]]:
         """The group's parameters that have a gradient, or all, with their configurations: one object where equal."""
-        shared = {**self.config, **{key: value for key, value in group.items() if key != "params"}}
+        shared = {**vars(self.args), **{key: value for key, value in group.items() if key != "params"}}
         by_id, by_index = self.mng.pid2config, self.mng.index2config
         for module, name, config in self.mng.module_weight_config_triple:
             by_id[id(getattr(module, name))] = config
@@ -179,10 +180,13 @@ class Optimizer8bit(torch.optim.Optimizer):
             bits = 8 if tensors["state1"].dtype == torch.uint8 else 32
             for key, value in convert(states[p], self.optimizer_name, p, bits).items():
                 tensors[key].copy_(value)
-            self.state[p] = self._complete(p, configs[p], {"step": states[p]["step"], **tensors})
+            state = self._complete(p, configs[p], {"step": states[p]["step"], **tensors})
+            if "unorm_vec" in state and "unorm_vec" in states[p]:
+                state["unorm_vec"].copy_(states[p]["unorm_vec"])
+            self.state[p] = state
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizer_name", "is_paged", "page_dir", "config")
+        own = ("optimizer_name", "is_paged", "page_dir", "args")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
 

@@ -73,6 +73,17 @@ def test_only_transformers_models_call_for_it():
         ("adamw_8bit", "AdamW", {"optim_bits": 8, "is_paged": False}),
         ("paged_adamw_32bit", "AdamW", {"optim_bits": 32, "is_paged": True}),
         ("paged_adamw_8bit", "AdamW", {"optim_bits": 8, "is_paged": True}),
+        ("lion_32bit", "Lion", {"optim_bits": 32, "is_paged": False, "betas": (0.8, 0.99)}),
+        ("lion_8bit", "Lion", {"optim_bits": 8, "is_paged": False}),
+        ("paged_lion_32bit", "Lion", {"optim_bits": 32, "is_paged": True}),
+        ("paged_lion_8bit", "Lion", {"optim_bits": 8, "is_paged": True}),
+        ("ademamix", "AdEMAMix", {"optim_bits": 32, "is_paged": False, "betas": (0.8, 0.99, 0.9999), "alpha": 5.0}),
+        ("ademamix_8bit", "AdEMAMix", {"optim_bits": 8, "is_paged": False}),
+        ("paged_ademamix_32bit", "AdEMAMix", {"optim_bits": 32, "is_paged": True}),
+        ("paged_ademamix_8bit", "AdEMAMix", {"optim_bits": 8, "is_paged": True}),
+        ("rmsprop_bnb", "RMSprop", {"optim_bits": 32}),
+        ("rmsprop_bnb_32bit", "RMSprop", {"optim_bits": 32}),
+        ("rmsprop_bnb_8bit", "RMSprop", {"optim_bits": 8}),
     ],
 )
 def test_optimizers_by_their_names(registered, name, cls, arguments, tmp_path):
@@ -82,7 +93,9 @@ def test_optimizers_by_their_names(registered, name, cls, arguments, tmp_path):
     kind, given = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
     assert kind is getattr(optim, cls) and given["lr"] == 3e-4
     assert arguments.items() <= given.items()
-    kind(torch.nn.Linear(2, 2).parameters(), **given)
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    kind(layer.parameters(), **given).step()
 
 
 def test_embeddings_keep_32_bit_states(registered, tmp_path):

@@ -1,9 +1,10 @@
 import copy
+import pickle
 
 import pytest
 import torch
 
-from pyqlora import quant
+from pyqlora import nn, quant
 from pyqlora.nn import Params4bit
 
 
@@ -78,3 +79,23 @@ def test_from_prequantized_takes_its_settings_from_the_entries():
     param = Params4bit.from_prequantized(packed, state.as_dict(packed=True), device="cpu", module=module)
     assert (param.blocksize, param.quant_type, param.compress_statistics) == (32, "fp4", True)
     assert param.quant_storage == torch.bfloat16 and module.quant_state is param.quant_state == state
+
+
+def test_made_without_memory_by_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights():
+        layer = nn.Linear4bit(64, 32, quant_type="nf4")
+    assert type(layer.weight) is Params4bit and layer.weight.is_meta and layer.weight.quant_type == "nf4"
+    full = nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    layer.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(layer(torch.eye(64)), full(torch.eye(64)))
+    assert copy.deepcopy(layer).weight.requires_grad is False
+
+
+def test_pickled_parameters_are_refused_where_only_tensors_may_be_read(tmp_path):
+    layer = nn.Linear4bit(64, 32).to("cpu")
+    torch.save({"weight": layer.weight}, tmp_path / "old.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Params4bit"):
+        torch.load(tmp_path / "old.pt", weights_only=True)
+    torch.save(layer.state_dict(), tmp_path / "tensors.pt")
+    nn.Linear4bit(64, 32).load_state_dict(torch.load(tmp_path / "tensors.pt", weights_only=True))

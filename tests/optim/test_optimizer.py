@@ -296,3 +296,14 @@ def test_empty_parameters_and_no_gradients():
     ps[0].grad = torch.zeros(0, 3)
     optimizer.step()
     assert len(optimizer.state) == 1 and torch.equal(ps[1], torch.ones(3))
+
+
+def test_limit_of_the_update_is_kept_and_its_norm_restored():
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    p.grad = torch.ones_like(p)
+    optimizer = optim.LAMB([p], max_unorm=0.5)
+    assert optimizer.args.max_unorm == 0.5
+    optimizer.step()
+    other = optim.LAMB([p], max_unorm=0.5)
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[p]["unorm_vec"], optimizer.state[p]["unorm_vec"]) and other.state[p]["unorm_vec"] > 0
