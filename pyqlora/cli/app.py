@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from pyqlora.cli import chat, doctor, finetune, merge
+from pyqlora.cli import chat, doctor, estimate, finetune, merge
 
 app = typer.Typer(
     name="pyqlora",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("finetune")(finetune.finetune)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("estimate")(estimate.estimate)
 app.command("doctor")(doctor.doctor)
 
 INTERRUPTED = 130

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyqlora.estimate import Run, Shape, parts
 from pyqlora.finetune.options import Options
 
-# Values kept for the backward pass per token and decoder layer, in widths of the hidden and the intermediate size:
-# norms, projections and their LoRA inputs, attention, gate, up and their product.
-HIDDEN_COPIES, INTERMEDIATE_COPIES = 14, 6
-LOGIT_COPIES = 3  # logits in the compute type, in float32, and their gradient
-STATE_BYTES = {"paged_adamw_8bit": 2, "paged_adamw_32bit": 8, "adamw_torch": 8}
+ADDED = ("optimizer", "activations", "logits", "workspace")
 COMFORTABLE = 0.7  # share of the free memory that a run may take before it recomputes activations instead
+
+
+M_MMAP_THRESHOLD, MMAP_BYTES = -3, 256 << 10  # malloc.h; what glibc starts with, until the first large tensor is freed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes by purpose: what the process holds with the model loaded, and what training adds."""
+    """Bytes: what the process holds with the model loaded, what training adds by part, and what is free for it."""
 
     now: int
     model: int
-    adapter: int
-    activations: int
+    added: dict[str, int]
     free: int
     recompute: bool
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.now + self.adapter + self.activations
+        return self.now + sum(self.added.values())
 
 
 def free_bytes(device: torch.device) -> int:
@@ -69,41 +69,36 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def tensor_bytes(model: Any, trained: bool) -> int:
-    """Bytes of the parameters that are trained, or of everything else; tied ones count once."""
-    tensors = {p.data_ptr(): p.nbytes for p in model.parameters() if p.requires_grad == trained}
-    if not trained:
-        tensors |= {buffer.data_ptr(): buffer.nbytes for buffer in model.buffers()}
-        for module in model.modules():
-            state = getattr(getattr(module, "weight", None), "quant_state", None)
-            if state is not None:
-                tensors[state.absmax.data_ptr()] = state.absmax.nbytes
-    return sum(tensors.values())
-
-
-def estimate(model: Any, options: Options, batch_tokens: int, batch_trained: int, dtype: torch.dtype) -> Estimate:
+def estimate(model: Any, options: Options, batch: int, length: int, labelled: int, dtype: torch.dtype) -> Estimate:
     """What training will need; activations are recomputed in the backward pass where they would not fit well.
 
     Args:
         model: the model under its adapter.
         options: for the optimizer.
-        batch_tokens: tokens of the largest micro-batch, padding included.
-        batch_trained: of these, the positions that logits are computed for.
+        batch: samples of the largest micro-batch.
+        length: tokens of its longest sample.
+        labelled: labels in it.
         dtype: of the computation.
     """
     device = next(model.parameters()).device
-    config = model.config.get_text_config()
-    weights, trained = tensor_bytes(model, trained=False), tensor_bytes(model, trained=True)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    adapter = trained + count * STATE_BYTES[options.optim]
-    hidden = getattr(config, "hidden_size", 0)
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    layers = getattr(config, "num_hidden_layers", 1)
-    layer = batch_tokens * dtype.itemsize * (HIDDEN_COPIES * hidden + INTERMEDIATE_COPIES * intermediate)
-    logits = batch_trained * config.vocab_size * (4 * (LOGIT_COPIES - 1) + dtype.itemsize)
+    shape = Shape.of(model.get_base_model())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run = Run(batch, length, trained, dtype.itemsize, options.optim, False, labelled, device.type == "cpu")
     free = free_bytes(device)
-    everything = layer * layers + logits
-    recompute = adapter + everything > COMFORTABLE * free
+    needs = parts(shape, "QLoRA", run)
+    recompute = sum(needs[part] for part in ADDED) > COMFORTABLE * free
     if recompute:
-        everything = batch_tokens * dtype.itemsize * hidden * layers + layer + logits
-    return Estimate(used_bytes(device), weights, adapter, everything, free, recompute)
+        needs = parts(shape, "QLoRA", replace(run, recompute=True))
+    added = {part: needs[part] for part in ADDED} | {"gradients": 4 * trained}
+    return Estimate(used_bytes(device), needs["weights"] + needs["constants"], added, free, recompute)
+
+
+def return_freed_memory() -> None:
+    """Have glibc return every large tensor's memory as it is freed, at the cost of page faults.
+
+    By default it raises its threshold for this to 32 MiB and keeps smaller ones for reuse, which fails: an aligned
+    block needs a larger gap than the one that a block of the same size leaves. Training with recomputed activations,
+    which frees nearly all of what it allocates, then grows by a layer's temporaries with every layer.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)

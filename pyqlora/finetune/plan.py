@@ -85,6 +85,7 @@ def make_plan(
         kept += f", {encoding.truncated} cut to {options.max_length} tokens"
     epochs = steps * per_step / len(train)
     how = "recomputing activations" if estimate.recompute else "keeping activations"
+    added = ", ".join(f"{size(count)} {part}" for part, count in estimate.added.items())
     rows = [
         ("device", describe_device(device, dtype)),
         ("model", f"{Path(options.model).name}: {total / 1e6:.1f} M parameters, {in_4bit / 1e6:.1f} M of them in NF4"),
@@ -92,15 +93,14 @@ def make_plan(
         (
             "memory",
             f"{size(estimate.total)} estimated: {size(estimate.now)} in use ({size(estimate.model)} of it the model), "
-            f"{size(estimate.adapter)} gradients and {options.optim}, {size(estimate.activations)} {how}; "
-            f"{size(estimate.free)} free",
+            f"{added}, {how}; {size(estimate.free)} free",
         ),
         ("data", f"{options.data}: {kept}"),
         ("split", f"{len(train)} samples to train, {tokens:,} tokens, {trained:,} trained; {len(held_out)} held out"),
         ("run", f"{steps} steps of {per_step} samples ({epochs:.1f} epochs), lr {options.lr:g}, seed {options.seed}"),
     ]
     warnings = []
-    if estimate.adapter + estimate.activations > estimate.free:
+    if sum(estimate.added.values()) > estimate.free:
         warnings.append("this may not fit in memory: lower --batch-size (and raise --grad-accum) or --max-length")
     return Plan(rows, mark(train[0], tokenizer), warnings)
 

@@ -24,7 +24,7 @@ from pyqlora.finetune.encode import Encoded, encode
 from pyqlora.finetune.files import merged_directory, write_text
 from pyqlora.finetune.load import Source, add_lora, pick_device
 from pyqlora.finetune.loop import Loop, Record, make_optimizer
-from pyqlora.finetune.memory import estimate, peak_bytes
+from pyqlora.finetune.memory import estimate, peak_bytes, return_freed_memory
 from pyqlora.finetune.options import CONFIG_FILE, Options
 from pyqlora.finetune.plan import Plan, make_plan
 
@@ -108,10 +108,10 @@ def finetune(options: Options, screen: Screen, resume: str | None = None) -> Res
     screen.say(f"loading {options.model} in 4 bits")
     model = add_lora(source.base(device, dtype), options)
     largest = sorted(train, key=lambda s: len(s.ids))[-options.batch_size :]
-    batch_tokens = len(largest) * len(largest[-1].ids)
-    batch_trained = len(largest) * max(sample.trained for sample in largest)
-    needed = estimate(model, options, batch_tokens, batch_trained, dtype)
+    labelled = sum(sample.trained for sample in largest)
+    needed = estimate(model, options, len(largest), len(largest[-1].ids), labelled, dtype)
     if needed.recompute:
+        return_freed_memory()
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(options.optim, trained)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pyqlora.ops.lora_linear import compute_dtype
 
-_CHUNK_BYTES = 32 << 20  # of a chunk's logits, unless the caller says how many rows
+CHUNK_BYTES = 32 << 20  # of a chunk's logits, unless the caller says how many rows
 _PIECE_BYTES = 8 << 20  # of the weight, where it is converted to the arithmetic's dtype piece by piece
 
 
@@ -65,7 +65,7 @@ def linear_cross_entropy(
     wide = torch.promote_types(dtype, torch.float32)
     num_items = len(labels) if num_items is None else num_items
     scale = 1 / torch.as_tensor(num_items, dtype=wide, device=hidden.device)
-    chunk = chunk or max(1, _CHUNK_BYTES // (len(weight) * wide.itemsize))
+    chunk = chunk or max(1, CHUNK_BYTES // (len(weight) * wide.itemsize))
     return _LinearCrossEntropy.apply(rows, weight, bias, labels, scale, chunk, dtype, wide)
 
 
