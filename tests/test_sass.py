@@ -14,7 +14,7 @@ import pytest
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-SOURCES = sorted((CSRC / "ops").glob("*_cuda.cu"))
+SOURCES = [*sorted((CSRC / "ops").glob("*_cuda.cu")), CSRC / "emulation" / "probes.cu"]
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 NVDISASM = shutil.which("nvdisasm") or next(
     (str(p) for folder in sys.path for p in Path(folder).glob("nvidia/cu*/bin/nvdisasm")), None
@@ -78,6 +78,24 @@ def test_dequantize_stays_within_its_budget(compiled, request):
     for kernel, count in instructions(compiled["quantize"][0]).items():
         if "dequantize_4bit" in kernel:
             assert sum(n for name, n in count.items() if "." not in name) < budget * 32, kernel
+
+
+def test_optim_step_moves_16_bytes(compiled, request):
+    """And needs few instructions for the eight elements that a lane takes at a time, tails and cold paths included."""
+    if not NVDISASM:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    checked, old = 0, 2 if "sm_75" in request.node.name else 1  # which converts bfloat16 in software
+    for kernel, count in instructions(compiled["optim_step"][0]).items():
+        if found := re.search(r"optim_step_kernelI\w+?ELb([01])E", kernel):
+            quantized = found[1] == "1"
+            assert not count["LDL"] and not count["STL"], f"{kernel}: local memory"
+            assert count["LDG.128"] >= (2 if quantized else 4), f"{kernel}: narrow loads"
+            assert count["STG.128"] >= (1 if quantized else 3), f"{kernel}: narrow stores"
+            assert sum(n for name, n in count.items() if "." not in name) < 8 * old * (260 if quantized else 130), (
+                kernel
+            )
+            checked += 1
+    assert checked == 36  # rules, dtypes and widths of state
 
 
 def main_loops(cubin):

@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_vector(T* p, const float (&v)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) u.vector.at[i] = from_float<T>(v[i]);
 #pragma unroll
-    for (int i = 0; i < words; ++i) reinterpret_cast<uint4*>(p)[i] = u.word[i];
+    for (int i = 0; i < words; ++i) __stwb(reinterpret_cast<uint4*>(p) + i, u.word[i]);  // never taken apart by nvcc
 }
 
 inline bool aligned(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }

@@ -190,7 +190,7 @@ __device__ __forceinline__ float advance(const Rule& rule, float g, float p, Sta
 
 // norms: null, or what limit_kernel left at each tensor's first chunk.
 template <class T, class Rule, bool kQuantized>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     optim_step_kernel(const __grid_constant__ Table table, const Rule rule, const float* qmap1, const float* qmap2,
                       const double2* norms) {
     PYQLORA_SHARED(Maps, maps);

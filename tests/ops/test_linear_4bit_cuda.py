@@ -125,6 +125,18 @@ def test_mma_is_deterministic(gpu):
     assert torch.equal(first, second)
 
 
+def test_mma_adds_splits_in_one_order(gpu, monkeypatch):
+    """Equal rows of W give equal bits, whichever thread block adds them; a bias leaves the last bits to be seen."""
+    n, k = 2056, 6144
+    monkeypatch.setattr(linear_4bit_cuda, "_gpu", lambda device: (80, 3 * -(-n // 32)))
+    (packed, absmax, *rest), values = weight_of(1, k, 64)
+    weight = packed.repeat(n, 1), absmax.repeat(n), *rest
+    x = (100 * torch.randn(1, k, generator=torch.Generator().manual_seed(1))).half()
+    bias = -(x.double() @ values.T).float().flatten().expand(n).contiguous()
+    y = linear_4bit_cuda.mma(x.to(gpu.device), to(gpu.device, weight), [n, k], bias.to(gpu.device))
+    assert torch.equal(y, y[:, :1].expand_as(y))
+
+
 @pytest.mark.parametrize("kernel", [linear_4bit_cuda.simt, linear_4bit_cuda.mma])
 @pytest.mark.parametrize("scale", [0.0, torch.inf, torch.nan])
 def test_a_scale_reaches_its_block_alone(gpu, kernel, scale):

@@ -25,6 +25,11 @@ T __ldcs(const T* p) {
     return __ldg(p);
 }
 
+template <class T>
+void __stwb(T* p, T value) {
+    *p = value;
+}
+
 inline unsigned __float_as_uint(float x) { return emulation::bits<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return emulation::bits<float>(x); }
 inline int __float_as_int(float x) { return emulation::bits<int>(x); }
