@@ -41,6 +41,16 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
+// Tensor cores multiply bfloat16 from compute capability 8.0 on. Raises RuntimeError below it.
+inline void require_bf16_tensor_cores(const char* op, const TensorRef& where) {
+    int major = 0;
+    check_cuda(op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, where.device_index));
+    if (major < 8)
+        throw std::runtime_error(std::string(op) +
+                                 ": bfloat16 needs a GPU of compute capability 8.0 or later, this one has " +
+                                 std::to_string(major) + ".x (use float16)");
+}
+
 struct Grid {
     int64_t blocks;  // 0: nothing to do
     int threads;

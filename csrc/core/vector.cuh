@@ -30,8 +30,8 @@ struct alignas(16) Vector {
     T at[kVector];
 };
 
-// p: 16-byte aligned.
-template <class T>
+// p: 16-byte aligned. read_only: nobody writes there while the kernel runs.
+template <bool read_only = true, class T>
 __device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
     constexpr int words = sizeof(Vector<T>) / sizeof(uint4);
     union {
@@ -39,7 +39,10 @@ __device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
         Vector<T> vector;
     } u;
 #pragma unroll
-    for (int i = 0; i < words; ++i) u.word[i] = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    for (int i = 0; i < words; ++i) {
+        const uint4* const from = reinterpret_cast<const uint4*>(p) + i;
+        u.word[i] = read_only ? __ldg(from) : *from;
+    }
 #pragma unroll
     for (int i = 0; i < kVector; ++i) v[i] = to_float(u.vector.at[i]);
 }

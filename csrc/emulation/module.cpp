@@ -31,6 +31,7 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
         "written_by_host",
         [](uintptr_t p, size_t bytes) { emulation::checks::written_by_host(reinterpret_cast<void*>(p), bytes); },
         "pointer"_a, "bytes"_a, "These bytes are initialised.");
+    m.def("set_compute_capability", &emulation::set_compute_capability, "major"_a, "What the device says of itself.");
     m.def("reset", &emulation::reset, "Forget the last failure, after which every launch fails.");
     m.def(
         "set_order",

@@ -39,14 +39,17 @@ inline void check(const Linear4bitArgs& a, Device device) {
                            {"y", a.y}});
 }
 
-// The same on tensor cores, with the sum over k split between thread blocks where one wave of them would not fill the
-// GPU: each leaves its part in the workspace, and a second launch adds them in a fixed order.
+// The same on tensor cores, plus a low-rank update s·Bᵀ if there is one (lora_linear.h), with the sum over k split
+// between thread blocks where one wave of them would not fill the GPU: each leaves its part in the workspace, and a
+// second launch adds them in a fixed order.
 struct Linear4bitMmaArgs {
     static constexpr int64_t max_rows = 64, step = 64, max_k = 1 << 24;
 
     Linear4bitArgs linear;
     TensorRef workspace;  // f32 [splits, m, n], or None for one split
+    TensorRef s, b;       // x's dtype [m, rank] and f32, f16 or bf16 [n, rank], or None
 
+    int64_t rank() const { return b.defined() ? b.numel / linear.n : 0; }
     int64_t splits() const { return workspace.defined() ? workspace.numel / linear.y.numel : 1; }
 };
 
@@ -65,6 +68,13 @@ inline void check(const Linear4bitMmaArgs& a, Device device) {
     for (const Named& t : {Named{"x", l.x}, Named{"packed", l.packed}})
         if (reinterpret_cast<uintptr_t>(t.tensor.data) % 16)
             bad_argument(op, t.name, "a 16-byte aligned tensor", "a view at another address (call .clone())");
+    if (a.b.defined()) {
+        check_tensor(op, "b", a.b, device, {DType::f32, DType::f16, DType::bf16});
+        if (a.b.numel == 0 || a.b.numel % l.n)
+            bad_argument(op, "b", "a multiple of " + std::to_string(l.n) + " elements", std::to_string(a.b.numel));
+        check_tensor(op, "s", a.s, device, {l.x.dtype}, l.m() * a.rank());
+        check_same_device(op, {{"x", l.x}, {"s", a.s}, {"b", a.b}});
+    }
     if (!a.workspace.defined()) return;
     check_tensor(op, "workspace", a.workspace, device, {DType::f32});
     if (a.workspace.numel == 0 || a.workspace.numel % l.y.numel)

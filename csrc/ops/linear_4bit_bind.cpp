@@ -37,7 +37,7 @@ void bind_mma(py::module_& m) {
         "linear_4bit_mma",
         [](TensorRef x, TensorRef packed, TensorRef absmax, TensorRef nested_absmax, TensorRef nested_code,
            TensorRef offset, int64_t nested_blocksize, TensorRef bias, TensorRef y, int64_t n, int64_t k,
-           int64_t blocksize, const std::string& type, TensorRef workspace, int64_t context) {
+           int64_t blocksize, const std::string& type, TensorRef workspace, TensorRef s, TensorRef b, int64_t context) {
             run<CudaBackend>(Linear4bitMmaArgs{{x,
                                                 packed,
                                                 {absmax, nested_absmax, nested_code, offset, nested_blocksize},
@@ -47,11 +47,13 @@ void bind_mma(py::module_& m) {
                                                 k,
                                                 blocksize,
                                                 quant_type(type)},
-                                               workspace},
+                                               workspace,
+                                               s,
+                                               b},
                              context, cuda::linear_4bit_mma);
         },
         "x"_a, "packed"_a, "absmax"_a, "nested_absmax"_a, "nested_code"_a, "offset"_a, "nested_blocksize"_a, "bias"_a,
-        "y"_a, "n"_a, "k"_a, "blocksize"_a, "quant_type"_a, "workspace"_a, "context"_a);
+        "y"_a, "n"_a, "k"_a, "blocksize"_a, "quant_type"_a, "workspace"_a, "s"_a, "b"_a, "context"_a);
     m.def("linear_4bit_mma_splits", &cuda::linear_4bit_mma_splits, "m"_a, "n"_a, "k"_a, "multiprocessors"_a);
 }
 #endif

@@ -7,9 +7,12 @@
 // A byte of two codes becomes one operand register by one load from a table of all 256 pairs, which each lane has for
 // itself in its own bank of shared memory. The pairs are unscaled: four mma cover 64 weights of a row, which lie in one
 // block, and its scale multiplies their float32 sum.
+//
+// A low-rank update s·Bᵀ is a few more steps of k, whose weights are the rows of B and whose inputs are those of s.
 #include <algorithm>
 
 #include "core/launch.h"
+#include "core/operands.cuh"
 #include "ops/linear_4bit_cuda.cuh"
 
 namespace pyqlora::cuda {
@@ -34,17 +37,6 @@ struct Tiles {
     static constexpr int shared_words = table_words > sum_words ? table_words : sum_words;
 };
 
-template <class T>
-__device__ __forceinline__ uint32_t pair(float first, float second) {
-    if constexpr (std::is_same_v<T, __half>) {
-        const __half2 v = __floats2half2_rn(first, second);
-        return reinterpret_cast<const uint32_t&>(v);
-    } else {
-        const __nv_bfloat162 v = __floats2bfloat162_rn(first, second);
-        return reinterpret_cast<const uint32_t&>(v);
-    }
-}
-
 // pairs[byte][lane]: the values of the byte's high and low nibble. A thread writes four lanes' copies at once.
 template <class T>
 __device__ __forceinline__ void fill_pairs(uint32_t* pairs, const Table16& table) {
@@ -52,7 +44,7 @@ __device__ __forceinline__ void fill_pairs(uint32_t* pairs, const Table16& table
     const float low = table.at[first % 16];
 #pragma unroll
     for (int byte = 0; byte < 256; byte += kThreads / 8) {
-        const uint32_t value = pair<T>(table.at[(byte + first) / 16], low);
+        const uint32_t value = pack<T>(table.at[(byte + first) / 16], low);
         *reinterpret_cast<uint4*>(pairs + (byte + first) * 32 + lanes) = {value, value, value, value};
     }
 }
@@ -79,12 +71,20 @@ __device__ __forceinline__ void add_bias(const DeviceBias& bias, int64_t column,
     for (int i = 0; i < kVector; ++i) v[i] += bias[min(column + i, n - 1)];
 }
 
+struct LowRank {
+    const void *s, *b;  // [m, rank] like x, [n, rank]
+    DType b_dtype;
+    int rank;  // 0: no update
+    bool vectors;
+};
+
 // partial: [splits, m, n], used if there are several splits.
 template <class T, int kTokenTiles>
 __global__ void __launch_bounds__(kThreads, Tiles<kTokenTiles>::blocks_per_multiprocessor)
     linear_4bit_mma_kernel(const T* __restrict__ x, const uint8_t* __restrict__ packed, DeviceScales scales,
                            DeviceBias bias, T* __restrict__ y, float* __restrict__ partial, int m, int64_t n, int64_t k,
-                           int log2_blocksize, int splits, bool vectors, const __grid_constant__ Table16 table) {
+                           int log2_blocksize, int splits, bool vectors, LowRank update,
+                           const __grid_constant__ Table16 table) {
     using Tile = Tiles<kTokenTiles>;
     constexpr int kRows = 2 * Tile::row_tiles;  // of W in a lane, 8 apart
     PYQLORA_SHARED(uint32_t[Tile::shared_words], shared);
@@ -175,6 +175,33 @@ __global__ void __launch_bounds__(kThreads, Tiles<kTokenTiles>::blocks_per_multi
         }
     }
 
+    // The update's steps, dealt to the warps of the first split.
+    for (int step = k_warp; split == 0 && step * 32 < update.rank; step += Tile::k_warps) {
+        const int at = step * 32 + t * 8;
+        Eight b[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            const int64_t row = block_row + min(row_warp * 16 * Tile::row_tiles + 8 * i + g, last_row);
+            b[i] =
+                AnyRow(update.b, update.b_dtype, row * update.rank).template load<T>(at, update.rank, update.vectors);
+        }
+#pragma unroll
+        for (int token = 0; token < kTokenTiles; ++token) {
+            const T* const row = static_cast<const T*>(update.s) + min(8 * token + g, m - 1) * update.rank;
+            const Eight s = load_eight(row, at, update.rank, update.vectors);
+#pragma unroll
+            for (int tile = 0; tile < Tile::row_tiles; ++tile) {
+                const Eight &low = b[2 * tile], &high = b[2 * tile + 1];
+#pragma unroll
+                for (int half = 0; half < 4; half += 2) {
+                    const uint32_t rows[4] = {low.word[half], high.word[half], low.word[half + 1], high.word[half + 1]};
+                    const uint32_t inputs[2] = {s.word[half], s.word[half + 1]};
+                    mma_m16n8k16<T>(sum[tile][token], rows, inputs, sum[tile][token]);
+                }
+            }
+        }
+    }
+
     // The warps' sums, added in their order: [k_warps][tokens][stride] where the tables were.
     __syncthreads();
     float* const sums = reinterpret_cast<float*>(shared);
@@ -249,11 +276,14 @@ void launch_dtype(const Linear4bitMmaArgs& a, void* stream) {
     const char* op = "linear_4bit_mma";
     const int m = static_cast<int>(l.m()), splits = static_cast<int>(a.splits());
     const bool vectors = l.n % kVector == 0 && aligned(l.y.data, 16) && aligned(a.workspace.data, 16);
+    const int rank = static_cast<int>(a.rank());
+    const LowRank update{a.s.data, a.b.data, a.b.dtype, rank,
+                         rank % kVector == 0 && aligned(a.s.data, 16) && aligned(a.b.data, 16)};
     dispatch_tokens(m, [&](auto token_tiles) {
         using Tile = Tiles<token_tiles>;
         launch(op, l.x, stream, {ceil_div(l.n, Tile::rows) * splits, kThreads}, linear_4bit_mma_kernel<T, token_tiles>,
                l.x.as<T>(), l.packed.as<uint8_t>(), DeviceScales(l.scales), DeviceBias(l.bias), l.y.as<T>(),
-               a.workspace.as<float>(), m, l.n, l.k, log2(l.blocksize), splits, vectors,
+               a.workspace.as<float>(), m, l.n, l.k, log2(l.blocksize), splits, vectors, update,
                table16(l.type == QuantType::nf4 ? Nf4::values : Fp4::values));
     });
     if (splits > 1)
@@ -265,6 +295,7 @@ void launch_dtype(const Linear4bitMmaArgs& a, void* stream) {
 
 void linear_4bit_mma(const Linear4bitMmaArgs& a, void* stream) {
     if (a.linear.x.dtype == DType::f16) return launch_dtype<__half>(a, stream);
+    require_bf16_tensor_cores("linear_4bit_mma", a.linear.x);
     launch_dtype<__nv_bfloat16>(a, stream);
 }
 

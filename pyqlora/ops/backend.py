@@ -41,6 +41,11 @@ def native(tensor: torch.Tensor) -> tuple[Any, int]:
     return _C.cuda, torch.cuda.current_stream(device).cuda_stream
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether CUDA kernels serve the tensor."""
+    return _override is not None or (tensor.is_cuda and _C.with_cuda)
+
+
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether kernels may be called on it directly, past torch's dispatcher: it has memory, and nothing is watching.
 

@@ -52,7 +52,7 @@ def forward(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> 
     """x [..., K] · Wᵀ + bias; `weight` is (packed, absmax, nested_*, offset, nested_blocksize, blocksize, type)."""
     x = x.contiguous()
     aligned = (x.data_ptr() | weight[0].data_ptr()) % 16 == 0
-    way = choose(math.prod(x.shape[:-1]), *shape, weight[6], x.dtype, aligned, _gpu(x.device)[0])
+    way = choose(math.prod(x.shape[:-1]), *shape, weight[6], x.dtype, aligned, gpu_of(x.device)[0])
     return {"simt": simt, "mma": mma, "dequantize": dequantize}[way](x, weight, shape, bias)
 
 
@@ -84,7 +84,7 @@ def _override(limits: Thresholds) -> tuple[str | None, Thresholds]:
 
 
 @functools.lru_cache(maxsize=64)
-def _gpu(device: torch.device) -> tuple[int, int]:
+def gpu_of(device: torch.device) -> tuple[int, int]:
     """Compute capability and multiprocessors; for the CPU tensors of an emulated GPU, those of a small one."""
     if device.type == "cpu":
         return 80, 4
@@ -101,14 +101,19 @@ def simt(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Ten
     return y
 
 
-def mma(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
-    """The tensor-core kernel; the sum over K is split where W has too few rows to give every multiprocessor work."""
+def mma(
+    x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None, update: tuple[Tensor, Tensor] = (None, None)
+) -> Tensor:
+    """The tensor-core kernel; the sum over K is split where W has too few rows to give every multiprocessor work.
+
+    `update` is (s [M, r] in x's dtype, B [N, r]): s·Bᵀ is added.
+    """
     *packed_and_scales, blocksize, quant_type = weight
     y = x.new_empty((*x.shape[:-1], shape[0]))
     module, context = native(x)
-    splits = module.linear_4bit_mma_splits(math.prod(x.shape[:-1]), *shape, _gpu(x.device)[1])
+    splits = module.linear_4bit_mma_splits(math.prod(x.shape[:-1]), *shape, gpu_of(x.device)[1])
     workspace = x.new_empty((splits, y.numel()), dtype=torch.float32) if splits > 1 else None
-    module.linear_4bit_mma(x, *packed_and_scales, bias, y, *shape, blocksize, quant_type, workspace, context)
+    module.linear_4bit_mma(x, *packed_and_scales, bias, y, *shape, blocksize, quant_type, workspace, *update, context)
     return y
 
 

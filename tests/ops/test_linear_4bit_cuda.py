@@ -114,8 +114,25 @@ def test_mma_blocks_run_over_the_ends_of_rows(gpu, blocksize, nested):
 @pytest.mark.parametrize(("m", "splits"), [(4, 2), (9, 3), (40, 5)])
 @pytest.mark.parametrize("n", [24, 35])
 def test_mma_splits(gpu, monkeypatch, m, splits, n):
-    monkeypatch.setattr(linear_4bit_cuda, "_gpu", lambda device: (80, splits * -(-n // 32)))
+    monkeypatch.setattr(linear_4bit_cuda, "gpu_of", lambda device: (80, splits * -(-n // 32)))
     check_mma(gpu, torch.float16, m, n, 4160, 64, nested=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "rank"), [(1, 8), (2, 17), (8, 64), (9, 16), (31, 1), (33, 40), (64, 260)])
+def test_mma_adds_a_low_rank_update(gpu, dtype, factor, m, rank):
+    n, k = 45, 1088
+    weight, values = weight_of(n, k, 64)
+    random = torch.Generator().manual_seed(rank)
+    x = torch.randn((m, k), generator=random).to(dtype)
+    s, b = torch.randn((m, rank), generator=random).to(dtype), torch.randn((n, rank), generator=random).to(factor)
+    update = s.to(gpu.device), b.to(gpu.device)
+    y = linear_4bit_cuda.mma(x.to(gpu.device), to(gpu.device, weight), [n, k], None, update)
+    expected = x.double() @ values.T + s.double() @ b.double().T
+    products = x.double().abs() @ values.abs().T + s.double().abs() @ b.double().abs().T
+    bound = products * (DECODING[dtype] + 64 * 2**-24) + expected.abs() * ROUNDING[dtype] + 2**-24
+    assert ((y.cpu().double() - expected).abs() <= bound).all()
 
 
 def test_mma_is_deterministic(gpu):
@@ -171,7 +188,22 @@ def test_mma_says_what_it_cannot_do(gpu, change, message):
     workspace = None if options["workspace"] is None else torch.zeros(options["workspace"], device=gpu.device)
     module, context = native(x)
     with pytest.raises(ValueError, match=f"^linear_4bit_mma: {message}"):
-        module.linear_4bit_mma(x, *weight, None, x.new_empty((m, 4)), 4, k, blocksize, quant_type, workspace, context)
+        y = x.new_empty((m, 4))
+        module.linear_4bit_mma(x, *weight, None, y, 4, k, blocksize, quant_type, workspace, None, None, context)
+
+
+def test_mma_refuses_bfloat16_before_ampere(gpu):
+    if not gpu.emulated:
+        pytest.skip("the emulated device's capability can be set")
+    weight, _ = weight_of(4, 64, 64)
+    x = torch.zeros(2, 64, dtype=torch.bfloat16)
+    device = native(x)[0].module
+    device.set_compute_capability(7)
+    try:
+        with pytest.raises(RuntimeError, match=r"^linear_4bit_mma: bfloat16 needs .* 8.0 or later, this one has 7.x"):
+            linear_4bit_cuda.mma(x, weight, [4, 64], None)
+    finally:
+        device.set_compute_capability(8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+// What the kernels of lora_linear share: dropout, and sums of parts.
+#pragma once
+#include "core/dispatch.h"
+#include "core/launch.h"
+#include "core/operands.cuh"
+#include "ops/lora_linear.h"
+
+namespace pyqlora::cuda {
+
+constexpr int kLoraWarps = 8, kLoraThreads = 32 * kLoraWarps;
+
+struct DeviceDropout {
+    const int64_t* seed;
+    uint32_t threshold;  // 0: none
+
+    explicit DeviceDropout(const Dropout& d) : seed(d.seed.as<int64_t>()), threshold(d.threshold()) {}
+
+    __device__ __forceinline__ uint64_t key() const { return threshold ? static_cast<uint64_t>(__ldg(seed)) : 0; }
+    // Columns i .. i + 7 of a row, those that are dropped as zeros.
+    __device__ __forceinline__ void apply(uint64_t key, int64_t row, int64_t i, Eight& v) const {
+        if (!threshold) return;
+        const uint32_t bits = kept(key, row, i / 8, threshold);
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+            v.word[w] &= (bits >> 2 * w & 1 ? 0xffffu : 0u) | (bits >> 2 * w & 2 ? 0xffff0000u : 0u);
+    }
+    __device__ __forceinline__ void apply(uint64_t key, int64_t row, int64_t i, float (&v)[kVector]) const {
+        if (!threshold) return;
+        const uint32_t bits = kept(key, row, i / 8, threshold);
+#pragma unroll
+        for (int e = 0; e < kVector; ++e) v[e] = bits >> e & 1 ? v[e] : 0.0f;
+    }
+};
+
+// out = the parts' sum in their order; parts [count, rows, columns], out [rows, columns] or transposed.
+template <class T>
+__global__ void __launch_bounds__(kLoraThreads)
+    lora_sum_kernel(const float* __restrict__ parts, T* __restrict__ out, int64_t rows, int64_t columns, int count,
+                    bool transposed) {
+    const int64_t size = rows * columns, i = static_cast<int64_t>(blockIdx.x) * kLoraThreads + threadIdx.x;
+    if (i >= size) return;
+    float sum = 0.0f;
+    for (int part = 0; part < count; ++part) sum += __ldg(parts + part * size + i);
+    out[transposed ? i % columns * rows + i / columns : i] = from_float<T>(sum);
+}
+
+template <class T>
+void sum_parts(const char* op, const TensorRef& parts, const TensorRef& out, int64_t columns, bool transposed,
+               void* stream) {
+    launch(op, out, stream, {ceil_div(out.numel, kLoraThreads), kLoraThreads}, lora_sum_kernel<T>, parts.as<float>(),
+           out.as<T>(), out.numel / columns, columns, static_cast<int>(parts.numel / out.numel), transposed);
+}
+
+// f(Tag<half>) or f(Tag<bfloat16>), which needs sm_80.
+template <class F>
+void dispatch_16bit(const char* op, const TensorRef& x, F f) {
+    if (x.dtype == DType::f16) return f(Tag<__half>{});
+    require_bf16_tensor_cores(op, x);
+    f(Tag<__nv_bfloat16>{});
+}
+
+}  // namespace pyqlora::cuda

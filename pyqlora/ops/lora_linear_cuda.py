@@ -1,0 +1,107 @@
+"""The products of lora_linear on a GPU: 16-bit activations as they are, factors in any dtype, float32 sums.
+
+Every sum is taken in a fixed order, in parts that meet in workspaces from torch's allocator.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from pyqlora.ops import backend
+from pyqlora.ops.backend import native
+from pyqlora.ops.linear_4bit_cuda import gpu_of
+
+TILE_ROWS = 32  # at most, of one adapter
+MAX_ADAPTERS = 64  # in one launch
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take these activations: one 16-bit dtype that the GPU has tensor cores for."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float16, torch.bfloat16)
+        and all(t.dtype == dtype and backend.on_gpu(t) for t in tensors)
+        and gpu_of(tensors[0].device)[0] >= (80 if dtype == torch.bfloat16 else 75)
+    )
+
+
+def down(
+    x: Tensor,
+    a: list[Tensor],
+    scales: list[float],
+    tiles: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """scale · drop(x)·Aᵀ [M, columns] of x [M, K] and factors [r, K].
+
+    Without tiles the factors' columns follow one another, from one pass over x; with tiles (see `tiles_of`) every row
+    has those of its own adapter, and zeros behind them. The dropped x is not scaled.
+    """
+    k = x.shape[-1]
+    columns = (max if tiles is not None else sum)(len(factor) for factor in a)
+    module, context = native(x)
+    s = x.new_empty((x.numel() // k, columns))
+    count = -(-len(s) // TILE_ROWS) if tiles is None else len(tiles)
+    splits = module.lora_down_splits(count, columns, k, gpu_of(x.device)[1])
+    workspace = x.new_empty((splits, *s.shape), dtype=torch.float32) if splits > 1 else None
+    a = [factor.contiguous() for factor in a]
+    module.lora_down(x.contiguous(), a, k, scales, tiles, seed, dropout, s, workspace, context)
+    return s
+
+
+def up(
+    s: Tensor,
+    b: list[Tensor],
+    y: Tensor,
+    tiles: Tensor | None = None,
+    seed: Tensor | None = None,
+    dropout: float = 0.0,
+    accumulate: bool = True,
+) -> Tensor:
+    """y [M, N], which is contiguous and written to, plus (or, not `accumulate`, =) drop(s·Bᵀ); factors [N, r]."""
+    module, context = native(y)
+    b = [factor.contiguous() for factor in b]
+    module.lora_up(s, b, y.shape[-1], tiles, seed, dropout, y, accumulate, context)
+    return y
+
+
+def backward(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(scale · dy·B [M, r] in dy's dtype, dyᵀ·s [N, r] in B's), from one pass over dy [M, N]."""
+    ds, db = torch.empty_like(s), torch.empty_like(b, memory_format=torch.contiguous_format)
+    blocks = native(dy)[0].lora_backward_column_blocks(dy.shape[1])
+    ds_parts = dy.new_empty((blocks, *s.shape), dtype=torch.float32)
+    _backward(dy, b.contiguous(), s, scale, None, 0.0, ds, db, False, ds_parts)
+    return ds, db
+
+
+def backward_a(x: Tensor, a: Tensor, ds: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """dsᵀ·drop(x) [r, K], like A."""
+    da = torch.empty_like(a, memory_format=torch.contiguous_format)
+    _backward(x, None, ds, 1.0, seed, dropout, None, da, True, None)
+    return da
+
+
+def _backward(dy, b, s, scale, seed, dropout, ds, db, transposed, ds_parts) -> None:
+    module, context = native(dy)
+    m, n = dy.shape
+    chunks = module.lora_backward_chunks(m, n, gpu_of(dy.device)[1])
+    parts = dy.new_empty((chunks, db.numel()), dtype=torch.float32)
+    module.lora_backward(dy, b, s, scale, seed, dropout, ds, db, transposed, ds_parts, parts, n, context)
+
+
+@functools.lru_cache(maxsize=256)
+def tiles_of(adapters: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
+    """The tiles of a batch whose i-th sample has `rows` rows of adapter adapters[i], or -1 for none."""
+    tiles, sample = [], 0
+    while sample < len(adapters):
+        end = sample
+        while end < len(adapters) and adapters[end] == adapters[sample]:
+            end += 1
+        for first in range(sample * rows, end * rows, TILE_ROWS):
+            tiles.append((first, min(TILE_ROWS, end * rows - first), adapters[sample]))
+        sample = end
+    return torch.tensor(tiles, dtype=torch.int32, device=device).reshape(-1, 3)
