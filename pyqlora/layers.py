@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
-from pyqlora.ops.lora_linear import compute_dtype, lora_linear
+from pyqlora.nn.linear4bit import Linear4bit
+from pyqlora.ops.backend import on_gpu
+from pyqlora.ops.lora_linear import lora_linear
+from pyqlora.ops.lora_rows import lora_rows
+from pyqlora.rows import row_adapters
 from pyqlora.variants import init_embedding
 
 
@@ -29,11 +34,26 @@ class Linear(LoraLayer):
         self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
-    def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        a, b = self.factors(name)
-        scaling = self.scaling[name]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.base_layer
+        plain = isinstance(base, Linear4bit) and on_gpu(x) and not (args or kwargs or row_adapters.get())
+        names = self.updating() if plain and not (base._forward_hooks or base._forward_pre_hooks) else ()
+        if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
+            a, b, scaling = self.factors_and_scaling(names[0])
+            result = base.forward_with_update(x, a, b, scaling, self.dropout_of(names[0]))
+            if result is not None:
+                return result
+        return super().forward(x, *args, **kwargs)
+
+    def factors_and_scaling(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and the factor of their product."""
+        (a, b), scaling = self.factors(name), self.scaling[name]
         if isinstance(scaling, Tensor):  # made ready for hot swapping in a compiled model
-            b, scaling = b * scaling, 1.0
+            return a, b * scaling, 1.0
+        return a, b, scaling
+
+    def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        a, b, scaling = self.factors_and_scaling(name)
         owned = not self.base_layer._forward_hooks  # a hook may have kept the output, which then must stay as it is
         result = lora_linear(result, x, a, b, scaling, self.dropout_of(name), inplace=owned)
         if self.lora_bias[name]:
@@ -41,22 +61,12 @@ class Linear(LoraLayer):
         return result
 
     def update_rows(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
-        """All adapters in two batched products: rank-padded A and B are gathered for each row."""
+        """All adapters in one pass."""
         used = sorted(set(names) & self.adapters())
         if not used or any(self.dropout_of(name) or self.lora_bias[name] for name in used):
             return super().update_rows(names, x, result)
-        r = max(self.r[name] for name in used)
-        dtype = compute_dtype(x, self.factors(used[0])[0])
-        a = x.new_zeros((len(used) + 1, r, self.in_features), dtype=dtype)
-        b = x.new_zeros((len(used) + 1, self.out_features, r), dtype=dtype)
-        for i, name in enumerate(used):  # the last one stays zero: rows without an adapter
-            a[i, : self.r[name]] = self.factors(name)[0]
-            b[i, :, : self.r[name]] = self.factors(name)[1] * self.scaling[name]
-        chosen = torch.tensor([used.index(name) if name in used else len(used) for name in names], device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            h = torch.bmm(x.reshape(len(x), -1, self.in_features).to(dtype), a[chosen].mT)
-            rows = result.reshape(len(x), -1, self.out_features).to(dtype)
-            return torch.baddbmm(rows, h, b[chosen].mT).to(result.dtype).view(result.shape)
+        a, b, scalings = map(list, zip(*(self.factors_and_scaling(name) for name in used), strict=True))
+        return lora_rows(result, x, a, b, scalings, [used.index(name) if name in used else -1 for name in names])
 
 
 class Embedding(LoraLayer):

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyqlora.nn.module4bit import Module4bit
 from pyqlora.nn.params4bit import Params4bit
 from pyqlora.ops.linear_4bit import linear_4bit
+from pyqlora.ops.lora_linear_4bit import lora_linear_4bit, serves
 from pyqlora.quant import packed_bytes
 
 
@@ -76,6 +77,18 @@ class Linear4bit(Module4bit, torch.nn.Linear):
                 self._parameters["bias"],
             )
         return y if y.dtype == dtype else y.to(dtype)
+
+    def forward_with_update(self, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor | None:
+        """`forward(x)` plus scaling · (drop(x)·Aᵀ)·Bᵀ in one function; None where there is none for x.
+
+        See `pyqlora.ops.lora_linear_4bit`.
+        """
+        if self.compute_dtype not in (None, x.dtype) or not serves(x):
+            return None
+        state = self._state()
+        with torch._C.DisableTorchFunctionSubclass():
+            weight = packed_bytes(self._parameters["weight"]), *state.scales(), state.blocksize, state.quant_type
+            return lora_linear_4bit(x, weight, state.shape, self._parameters["bias"], a, b, scaling, dropout)
 
 
 class LinearFP4(Linear4bit):

@@ -48,12 +48,22 @@ TABLE = {
 WAYS = ("simt", "mma", "dequantize")
 
 
-def forward(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
-    """x [..., K] · Wᵀ + bias; `weight` is (packed, absmax, nested_*, offset, nested_blocksize, blocksize, type)."""
+def forward(
+    x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None, update: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """x [..., K] · Wᵀ + bias; `weight` is (packed, absmax, nested_*, offset, nested_blocksize, blocksize, type).
+
+    `update` is (s [M, r] in x's dtype, B [N, r]): s·Bᵀ is added, inside the kernel or onto its result.
+    """
     x = x.contiguous()
     aligned = (x.data_ptr() | weight[0].data_ptr()) % 16 == 0
     way = choose(math.prod(x.shape[:-1]), *shape, weight[6], x.dtype, aligned, gpu_of(x.device)[0])
-    return {"simt": simt, "mma": mma, "dequantize": dequantize}[way](x, weight, shape, bias)
+    if update is not None and way == "mma":
+        return mma(x, weight, shape, bias, update)
+    y = {"simt": simt, "mma": mma, "dequantize": dequantize}[way](x, weight, shape, bias)
+    if update is not None:
+        y.view(-1, shape[0]).addmm_(update[0], update[1].to(y.dtype).t())
+    return y
 
 
 @functools.lru_cache(maxsize=4096)

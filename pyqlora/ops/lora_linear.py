@@ -1,12 +1,13 @@
-"""lora_linear: y = base + s·(drop(x)·Aᵀ)·Bᵀ as one autograd function.
+"""lora_linear: y = base + s·(drop(x)·Aᵀ)·Bᵀ and its gradients, as torch operators.
 
     x [M, K], A [r, K], B [N, r], base and y [M, N]; h = drop(x)·Aᵀ is [M, r]
 
 Kept for the backward pass are x as it came, A, B, h and the seed of the dropout mask: nothing else of the size of x or
 y. The scale is folded into h. Arithmetic runs in one dtype, and y is rounded once to the dtype of `base`:
 
+    on a GPU       x's own if it has 16 bits, with float32 sums: x is never copied (`pyqlora.ops.lora_linear_cuda`)
+    under autocast autocast's
     on the CPU     float32, for bf16 and fp16 matrix products there are slower than converting
-    under autocast autocast's dtype
     else           the wider one of x and A
 """
 
@@ -16,38 +17,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_KEEP_LEVELS = 1 << 16
+from pyqlora.ops import backend
+from pyqlora.ops import lora_linear_cuda as kernels
+from pyqlora.ops.backend import is_plain, native
+
+library = torch.library.Library("pyqlora", "FRAGMENT")
+_UPDATE = "Tensor a, Tensor b, float scaling, float dropout, Tensor? seed, ScalarType dtype"
+library.define(f"lora_linear(Tensor base, Tensor x, {_UPDATE}) -> (Tensor, Tensor)")
+library.define(f"lora_linear_backward(Tensor dy, Tensor x, Tensor h, {_UPDATE}) -> (Tensor, Tensor, Tensor)")
 
 
-def lora_linear(
-    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, *, inplace: bool = False
-) -> Tensor:
-    """Add a low-rank update to the output of a linear layer.
+@torch.library.register_fake("pyqlora::lora_linear", lib=library)
+def _(base, x, a, b, scaling, dropout, seed, dtype):
+    return base.new_empty(base.shape), x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=dtype)
 
-    Args:
-        base: [..., N], the layer's own output; fp32, fp16 or bf16.
-        x: [..., K], the layer's input.
-        a: [r, K].
-        b: [N, r].
-        scaling: factor s of the update.
-        dropout: probability of zeroing an element of x, in steps of 2⁻¹⁶; the kept ones grow by 1/(1 − dropout). The
-            mask follows from a seed drawn from torch's default generator.
-        inplace: `base` may be overwritten, and is the result unless it is strided or a view.
 
-    Returns:
-        [..., N] in the dtype of `base`.
-
-    Raises:
-        ValueError: shapes that do not fit together, or a dropout outside [0, 1).
-    """
-    _check(base, x, a, b, dropout)
-    seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-    inplace = inplace and base.is_contiguous() and not base._is_view()
-    return _LoraLinear.apply(base, x, a, b, scaling, dropout, seed, compute_dtype(x, a), inplace)
+@torch.library.register_fake("pyqlora::lora_linear_backward", lib=library)
+def _(dy, x, h, a, b, scaling, dropout, seed, dtype):
+    return x.new_empty(x.shape), a.new_empty(a.shape), b.new_empty(b.shape)
 
 
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype in which an adapter multiplies x with its weight; see the head of this file."""
+    """The dtype in which torch multiplies x with a trained weight; see the head of this file."""
     if x.device.type == "cpu":
         return torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
     if torch.is_autocast_enabled(x.device.type):
@@ -55,14 +46,26 @@ def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, weight.dtype)
 
 
-def keep_mask(seed: int, shape: torch.Size, dropout: float, device: torch.device) -> Tensor:
-    """The boolean mask of a seed: True with probability 1 − dropout, four elements for each 64-bit draw."""
-    count = shape.numel()
-    generator = torch.Generator(device).manual_seed(seed)
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
-    draws.random_(-(2**63), None, generator=generator)
-    first_kept = min(round(dropout * _KEEP_LEVELS), _KEEP_LEVELS - 1) - _KEEP_LEVELS // 2
-    return (draws.view(torch.int16)[:count] >= first_kept).view(shape)
+def update_dtype(x: Tensor, a: Tensor) -> torch.dtype:
+    """The dtype in which an adapter multiplies x with A; see the head of this file."""
+    own = backend.on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.dtype if own else compute_dtype(x, a)
+
+
+def dropped(x: Tensor, seed: Tensor | None, dropout: float, dtype: torch.dtype) -> Tensor:
+    """x [M, K] in `dtype`, with the dropped elements zero and the others as they were.
+
+    Which are dropped follows from the seed, the row and the column alone, on every device (csrc/core/philox.h).
+    """
+    if seed is None:
+        return x.to(dtype)
+    if torch.float64 in (x.dtype, dtype):
+        return x.to(dtype) * dropped(torch.ones_like(x, dtype=torch.float32), seed, dropout, torch.float32)
+    x = x.contiguous()
+    y = x.new_empty(x.shape, dtype=torch.float32 if dtype == torch.float32 else x.dtype)
+    module, context = native(x)
+    module.lora_dropout(x, y, seed, dropout, x.shape[-1], context)
+    return y.to(dtype)
 
 
 def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> None:
@@ -81,52 +84,137 @@ def _check(base: Tensor, x: Tensor, a: Tensor, b: Tensor, dropout: float) -> Non
         raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
 
 
-def _dropped(x: Tensor, seed: int, dropout: float, dtype: torch.dtype) -> Tensor:
-    """The rows of x in the arithmetic's dtype, with the mask applied but not yet scaled by 1/(1 − dropout)."""
-    rows = x.reshape(-1, x.shape[-1])
-    if not dropout:
-        return rows.to(dtype)
-    return rows.to(dtype) * keep_mask(seed, rows.shape, dropout, x.device)
+def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
+    """A seed from torch's default generator of x's device, where it stays: nothing waits for it."""
+    return torch.randint(1 << 62, (1,), device=x.device) if dropout else None
+
+
+def down(x: Tensor, a: Tensor, scaling: float, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """h = scaling · drop(x)·Aᵀ [M, r] in `dtype`; here drop also scales."""
+    rows, scale = x.reshape(-1, x.shape[-1]), scaling / (1.0 - dropout)
+    if x.dtype == dtype and kernels.serves(x):
+        return kernels.down(rows, [a], [scale], None, seed, dropout)
+    return torch.mm(dropped(rows, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
+
+
+def add_up(base: Tensor, h: Tensor, b: Tensor, inplace: bool) -> Tensor:
+    """base + h·Bᵀ in base's dtype."""
+    rows, b = base.reshape(-1, base.shape[-1]), b.to(h.dtype)
+    if base.dtype == h.dtype and not inplace:
+        return torch.addmm(rows, h, b.t()).view(base.shape)
+    if base.dtype == h.dtype:
+        rows.addmm_(h, b.t())
+        return base
+    update = torch.mm(h, b.t()).view(base.shape)
+    return base.add_(update) if inplace else update.add_(base).to(base.dtype)
+
+
+def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a=True, need_b=True, dx=None):
+    """(dx, dA, dB) of the update, None where not needed; onto a given `dx`, which is contiguous."""
+    rows, g, scale = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), scaling / (1.0 - dropout)
+    da = db = None
+    if h.dtype == g.dtype and kernels.serves(g, x):
+        g = g.contiguous()
+        if need_b:
+            gb, db = kernels.backward(g, b, h, scale)
+        elif need_x or need_a:
+            gb = kernels.down(g, [b.t()], [scale])
+        if need_a:
+            da = kernels.backward_a(rows.contiguous(), a, gb, seed, dropout)
+        if need_x:
+            out = x.new_empty(x.shape) if dx is None else dx
+            dx = kernels.up(gb, [a.t()], out, None, seed, dropout, accumulate=dx is not None)
+        return dx, da, db
+    g = g.to(dtype)
+    if need_b:
+        db = torch.mm(g.t(), h).to(b.dtype)
+    if need_x or need_a:
+        gb = torch.mm(g, b.to(dtype)).mul_(scale)
+    if need_a:
+        da = torch.mm(gb.t(), dropped(rows, seed, dropout, dtype)).to(a.dtype)
+    if need_x:
+        update = dropped(torch.mm(gb, a.to(dtype)), seed, dropout, dtype).to(x.dtype).view(x.shape)
+        dx = update if dx is None else dx.add_(update)
+    return dx, da, db
+
+
+def _forward(base, x, a, b, scaling, dropout, seed, dtype, inplace=False):
+    with torch.autocast(x.device.type, enabled=False):
+        h = down(x, a, scaling, dropout, seed, dtype)
+        return add_up(base, h, b, inplace), h
+
+
+def _backward(dy, x, h, a, b, scaling, dropout, seed, dtype):
+    with torch.autocast(x.device.type, enabled=False):
+        return gradients(dy, x, h, a, b, scaling, dropout, seed, dtype)
+
+
+for _key in ("CPU", "CUDA"):
+    library.impl("lora_linear", _forward, _key)
+    library.impl("lora_linear_backward", _backward, _key)
+
+
+def _save(ctx, inputs, output):
+    _, x, a, b, ctx.scaling, ctx.dropout, seed, ctx.dtype = inputs
+    ctx.save_for_backward(x, output[1], a, b, seed)
+
+
+def _grads(ctx, dy, _):
+    x, h, a, b, seed = ctx.saved_tensors
+    grads = torch.ops.pyqlora.lora_linear_backward(dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, ctx.dtype)
+    needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[1:4], strict=True)]
+    return dy, *needed, None, None, None, None
+
+
+torch.library.register_autograd("pyqlora::lora_linear", _grads, setup_context=_save, lib=library)
 
 
 class _LoraLinear(torch.autograd.Function):
+    """The operator past torch's dispatcher: may write into `base`, and computes only the gradients that are needed."""
+
     @staticmethod
-    def forward(ctx, base, x, a, b, scaling, dropout, seed, dtype, inplace):
-        scale = scaling / (1.0 - dropout)
-        with torch.autocast(x.device.type, enabled=False):
-            h = torch.mm(_dropped(x, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
-            rows = base.reshape(-1, base.shape[-1])
-            if base.dtype == dtype and not inplace:
-                y = torch.addmm(rows, h, b.to(dtype).t()).view(base.shape)
-            elif base.dtype == dtype:
-                y = base
-                rows.addmm_(h, b.to(dtype).t())
-            else:
-                update = torch.mm(h, b.to(dtype).t()).view(base.shape)
-                y = base.add_(update) if inplace else update.add_(base).to(base.dtype)
+    def forward(ctx, *inputs):
+        *inputs, inplace = inputs
+        y, h = _forward(*inputs, inplace)
         if inplace:
-            ctx.mark_dirty(base)
-        ctx.save_for_backward(x, a, b, h)
-        ctx.scale, ctx.dropout, ctx.seed, ctx.dtype = scale, dropout, seed, dtype
+            ctx.mark_dirty(inputs[0])
+        _save(ctx, inputs, (y, h))
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, a, b, h = ctx.saved_tensors
-        need_base, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        dx = da = db = None
+    def backward(ctx, dy):
+        x, h, a, b, seed = ctx.saved_tensors
+        need_base, *needs = ctx.needs_input_grad[:4]
         with torch.autocast(x.device.type, enabled=False):
-            g = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-            if need_b:
-                db = torch.mm(g.t(), h).to(b.dtype)
-            if need_x or need_a:
-                gb = torch.mm(g, b.to(ctx.dtype)).mul_(ctx.scale)
-            if need_a:
-                da = torch.mm(gb.t(), _dropped(x, ctx.seed, ctx.dropout, ctx.dtype)).to(a.dtype)
-            if need_x:
-                dx = torch.mm(gb, a.to(ctx.dtype))
-                if ctx.dropout:
-                    dx.mul_(keep_mask(ctx.seed, dx.shape, ctx.dropout, dx.device))
-                dx = dx.view(x.shape).to(x.dtype)
-        return grad if need_base else None, dx, da, db, None, None, None, None, None
+            grads = gradients(dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, ctx.dtype, *needs)
+        return dy if need_base else None, *grads, None, None, None, None, None
+
+
+def lora_linear(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, *, inplace: bool = False
+) -> Tensor:
+    """Add a low-rank update to the output of a linear layer.
+
+    Args:
+        base: [..., N], the layer's own output; fp32, fp16 or bf16.
+        x: [..., K], the layer's input.
+        a: [r, K].
+        b: [N, r].
+        scaling: factor s of the update.
+        dropout: probability of zeroing an element of x, in steps of 2⁻¹⁶; the kept ones grow by 1/(1 − dropout). The
+            mask follows from a seed drawn from torch's default generator, and is the same on every device.
+        inplace: `base` may be overwritten, and is the result unless it is strided or a view.
+
+    Returns:
+        [..., N] in the dtype of `base`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a dropout outside [0, 1).
+    """
+    _check(base, x, a, b, dropout)
+    inputs = base, x, a, b, scaling, dropout, draw_seed(x, dropout), update_dtype(x, a)
+    if not is_plain(x):
+        return torch.ops.pyqlora.lora_linear(*inputs)[0]
+    inplace = inplace and base.is_contiguous() and not base._is_view()
+    return _LoraLinear.apply(*inputs, inplace)

@@ -47,7 +47,7 @@ def down(
     s = x.new_empty((x.numel() // k, columns))
     count = -(-len(s) // TILE_ROWS) if tiles is None else len(tiles)
     splits = module.lora_down_splits(count, columns, k, gpu_of(x.device)[1])
-    workspace = x.new_empty((splits, *s.shape), dtype=torch.float32) if splits > 1 else None
+    workspace = x.new_empty((splits, *s.shape), dtype=torch.float32) if splits > 1 and s.numel() else None
     a = [factor.contiguous() for factor in a]
     module.lora_down(x.contiguous(), a, k, scales, tiles, seed, dropout, s, workspace, context)
     return s
