@@ -4,8 +4,8 @@ The parameters stay the same objects, so whatever holds them (a compiled graph, 
 smaller rank leaves rows of zeros, a larger one gives the parameter larger memory. `prepare_model_for_compiled_hotswap`
 makes room for the largest rank beforehand and turns scalings into tensors: a compiled model is then not compiled again.
 
-All keys and shapes are checked before the first value changes. Swapping is no lock: a forward in another thread may
-see half of it. To serve several adapters from threads, load each under its own name and give `adapter_names=[…]`.
+All keys and shapes are checked before the first value changes. A forward in another thread may see half of a swap:
+turns.py says what threads may do at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pyqlora.config import LoraConfig, PeftConfig
 from pyqlora.inject import pattern_value
 from pyqlora.layers import ConvNd, Embedding, Linear
 from pyqlora.lora_layer import PARAMETER_DICTS, LoraLayer
+from pyqlora.turns import in_turn
 from pyqlora.variants import scaling_factor
 
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
@@ -107,6 +108,7 @@ def hotswap_adapter(
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
 
+@in_turn
 @torch.no_grad()
 def hotswap_adapter_from_state_dict(
     model: nn.Module,

@@ -26,6 +26,7 @@ from pyqlora.gradient_check import check_first_backward
 from pyqlora.integrations import adopt
 from pyqlora.model_card import write_model_card
 from pyqlora.tuner import LoraModel
+from pyqlora.turns import in_turn
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -178,6 +179,7 @@ class PeftModel(nn.Module):
         """The wrapped model's dtype, if it has one."""
         return getattr(self.base_model, "dtype", None)
 
+    @in_turn
     def add_adapter(
         self,
         adapter_name: str,
@@ -202,6 +204,7 @@ class PeftModel(nn.Module):
         if autocast_adapter_dtype:
             self.base_model.cast_adapter(adapter_name)
 
+    @in_turn
     def load_adapter(
         self,
         model_id: str | os.PathLike,
@@ -264,6 +267,7 @@ class PeftModel(nn.Module):
             self.eval()
         return result
 
+    @in_turn
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Use one adapter; train it, and no other, unless `inference_mode`.
 
@@ -280,6 +284,7 @@ class PeftModel(nn.Module):
         """Train or freeze adapters, active or not."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
+    @in_turn
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter.
 

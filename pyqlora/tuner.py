@@ -321,8 +321,7 @@ class LoraModel(nn.Module):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {BASE_ROW}.union(*(layer.adapters() for layer in self.lora_layers()))
-        if unknown := sorted(set(adapter_names) - known):
+        if unknown := sorted(set(adapter_names) - {BASE_ROW, *self.peft_config}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         token = row_adapters.set(RowAdapters(list(adapter_names), beams or 1))
         try:
