@@ -19,7 +19,8 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 NVDISASM = shutil.which("nvdisasm") or next(
     (str(p) for folder in sys.path for p in Path(folder).glob("nvidia/cu*/bin/nvdisasm")), None
 )
-REGISTERS = {"linear_4bit_mma": 255}  # a thread, with 256 threads a CUDA block
+# A thread, with 256 threads a CUDA block.
+REGISTERS = {"linear_4bit_mma": 255, "lora_linear": 255, "lora_backward": 255}
 REGISTERS_OF_OTHERS = 128  # with at most 512 threads
 
 
@@ -68,6 +69,20 @@ def test_quantize_moves_16_bytes_at_a_time(compiled):
     for kernel, count in instructions(compiled["quantize"][0]).items():
         assert not count["LDL"] and not count["STL"], f"{kernel}: local memory"
         assert count["STG.128"] if "dequantize" in kernel else count["LDG.128"], f"{kernel}: no 16-byte accesses"
+
+
+def test_lora_linear_multiplies_on_tensor_cores(compiled, request):
+    if not NVDISASM:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    old = "sm_75" in request.node.name  # where the kernels for bfloat16 are never launched
+    checked = 0
+    for operation in ("lora_linear", "lora_backward"):
+        for kernel, count in instructions(compiled[operation][0]).items():
+            if re.search("lora_(down|up|backward)_kernel", kernel) and not (old and "bfloat16" in kernel):
+                assert count["HMMA"] and count["LDG.128"], kernel
+                assert not count["LDL"] and not count["STL"], f"{kernel}: local memory"
+                checked += 1
+    assert checked == (9 if old else 18)
 
 
 def test_dequantize_stays_within_its_budget(compiled, request):
