@@ -25,7 +25,7 @@ FAULTS = [
         "lane = threadIdx.x % 32, g = lane % 8, t = lane / 8;",
     ),
     Fault(
-        "swapped nibbles", "pair<T>(table.at[(byte + first) / 16], low)", "pair<T>(low, table.at[(byte + first) / 16])"
+        "swapped nibbles", "pack<T>(table.at[(byte + first) / 16], low)", "pack<T>(low, table.at[(byte + first) / 16])"
     ),
     Fault(
         "wrong byte of the codes",
@@ -44,8 +44,8 @@ FAULTS = [
     Fault("codes past the last step", "if (of_group * kGroup + s >= steps) return;", ""),
     Fault(
         "rows of W past the last",
-        "min(row_warp * 16 * Tile::row_tiles + 8 * i + g, last_row)",
-        "(row_warp * 16 * Tile::row_tiles + 8 * i + g)",
+        "min(row_warp * 16 * Tile::row_tiles + 8 * i + g, last_row) * row_pitch",
+        "(row_warp * 16 * Tile::row_tiles + 8 * i + g) * row_pitch",
     ),
     Fault("rows of x past the last", "min(8 * i + g, m - 1)", "(8 * i + g)"),
     Fault("splits write over each other", "partial + split * m * n", "partial"),

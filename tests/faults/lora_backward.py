@@ -1,0 +1,18 @@
+"""Faults in lora_linear's gradients."""
+
+from faults import Fault
+
+SOURCE = "ops/lora_backward_cuda.cu"
+TESTS = "ops/test_lora_linear_cuda.py"
+
+FAULTS = [
+    Fault("missing barrier before the warps' sums are read", "            __syncthreads();\n", ""),
+    Fault("one buffer for the warps' sums", "buffer ^= 1", "buffer = 0"),
+    Fault("rows of s paired differently", "value(row), value(row + 4)", "value(row), value(row + 1)"),
+    Fault("the other column of a pair", "c % 2 ? 0x7632 : 0x5410", "c % 2 ? 0x5410 : 0x7632"),
+    Fault("last row left out", "min(m, (chunk + 1) * rows_of_chunk)", "min(m - 1, (chunk + 1) * rows_of_chunk)"),
+    Fault("ranks past the last written", "if (r >= rank || column >= n) continue;", "if (column >= n) continue;"),
+    Fault("ds not scaled", "= total * scale;", "= total;"),
+    Fault("parts of ds in one place", "(column_block * m + row0 + row)", "(row0 + row)"),
+    Fault("parts of db in one place", "(chunk * rank + r) * n", "r * n"),
+]

@@ -1,0 +1,32 @@
+"""Faults in lora_linear's products with activations."""
+
+from faults import Fault
+
+SOURCE = "ops/lora_linear_cuda.cu"
+TESTS = "ops/test_lora_linear_cuda.py"
+
+FAULTS = [
+    Fault("missing barrier before sums are read", "__syncthreads();\n        if (warp < half)", "if (warp < half)"),
+    Fault(
+        "missing barrier before sums are replaced",
+        "        __syncthreads();\n    }\n    if (warp > 0) return;",
+        "    }\n    if (warp > 0) return;",
+    ),
+    Fault("rows of x past the tile", "min(8 * i + g, rows.count - 1)) * k", "(8 * i + g)) * k"),
+    Fault(
+        "fragments of A in another order",
+        "{b[c].word[half], b[c].word[half + 1]}",
+        "{b[c].word[half + 1], b[c].word[half]}",
+    ),
+    Fault("dropout of another row", "apply(key, rows.first + 8 * r + g, i, a[r])", "apply(key, 8 * r + g, i, a[r])"),
+    Fault(
+        "a neighbour's column among stacked factors",
+        "column >= factors.at[f + 1].first",
+        "column > factors.at[f + 1].first",
+    ),
+    Fault("scale of another factor", "factors.at[f].scale;", "factors.at[0].scale;"),
+    Fault("splits in one place", "partial[split * m * columns + at]", "partial[at]"),
+    Fault("columns of y in another order", "g / 2 * 8 + 2 * j + g % 2", "8 * j + g"),
+    Fault("y added where it is to be replaced", "if (accumulate) load_vector", "if (true) load_vector"),
+    Fault("rows past the tile written", "if (8 * r + g >= rows.count) continue;", ""),
+]
