@@ -125,14 +125,16 @@ def with_values(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
 
     All else is shared, and `module` stays as it is: several threads may run one with different values at a time.
     """
+    own, plain, by_class = {}, {}, {}
+    for name, value in values.items():
+        # FSDP keeps parameters as plain attributes; of a parametrized one torch has put a property into the class.
+        (own if name in module._parameters else plain if name in module.__dict__ else by_class)[name] = value
     kind = type(module)
-    shown_by_class = {name: value for name, value in values.items() if name not in module._parameters}
-    if shown_by_class:  # parametrized: torch has put a property into the class
-        kind = type(kind.__name__, (kind,), shown_by_class)
+    if by_class:
+        kind = type(kind.__name__, (kind,), by_class)
     twin = object.__new__(kind)
     twin.__dict__ = {name: _rebound(value, module, twin) for name, value in module.__dict__.items()}
-    plain = {name: value for name, value in values.items() if name not in shown_by_class}
-    twin.__dict__["_parameters"] = {**module._parameters, **plain}
+    twin.__dict__.update(plain, _parameters={**module._parameters, **own})
     return twin
 
 

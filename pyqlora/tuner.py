@@ -185,7 +185,9 @@ class LoraModel(nn.Module):
         own = {id(p) for module in self.adapted() for p in module.adapter_parameters()}
         configs = [self.peft_config[name] for name in self.active_adapters if name in self.peft_config]
         biases = {config.bias for config in configs if not config.inference_mode}
-        of_layers = {id(layer.bias) for layer in self.lora_layers()} if "lora_only" in biases else set()
+        of_layers = (
+            {id(getattr(layer, "bias", None)) for layer in self.lora_layers()} if "lora_only" in biases else set()
+        )
         for name, parameter in self.model.named_parameters():
             if id(parameter) in own:
                 continue

@@ -124,7 +124,7 @@ def init_loftq(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     """
     from pyqlora.ops.quantize import dequantize_4bit, quantize_4bit
 
-    bits, rounds = config.loftq_config["loftq_bits"], config.loftq_config["loftq_iter"]
+    bits, rounds = config.loftq_config.get("loftq_bits", 4), config.loftq_config.get("loftq_iter", 1)
     if bits != 4:
         raise ValueError(f"LoftQ: pyqlora quantizes to 4 bits, got loftq_bits={bits}")
     if rounds < 1:

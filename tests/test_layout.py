@@ -73,7 +73,10 @@ def test_files_are_short():
 
 
 def test_no_pickle():
-    assert not matches(PYTHON, r"^\s*(import|from) pickle|torch\.save\(")
+    """But for PEFT's adapter_model.bin, which the stand-in writes when told to and reads as tensors only."""
+    own = [p for p in PYTHON if p.name != "peft_behaviour.py"]
+    assert not matches(own, r"^\s*(import|from) pickle|torch\.(save|load)\(")
+    assert not matches(PYTHON, r"weights_only=False")
 
 
 def test_no_machine_paths():
