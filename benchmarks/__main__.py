@@ -46,7 +46,7 @@ def on_gpu(names: list[str], rounds: int, file: Path | None) -> None:
         dispatch.refit(gpu, rounds)
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     device = "cuda" if _C.with_cuda and torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="pyqlora beside its peers, interleaved.")
     names = {"cpu": CPU_NAMES, "cuda": [*gpu_benchmarks.NAMES, "dispatch"]}
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1: compare CPU time)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; the median is reported")
     parser.add_argument("--json", type=Path, help="write the machine and every result here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     known = names[arguments.device]
     if unknown := set(arguments.names) - set(known):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")

@@ -8,7 +8,7 @@ import traceback
 
 import typer
 
-from pyqlora.cli import chat, doctor, estimate, finetune, merge
+from pyqlora.cli import bench, chat, doctor, estimate, finetune, merge
 
 app = typer.Typer(
     name="pyqlora",
@@ -21,6 +21,7 @@ app.command("finetune")(finetune.finetune)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("estimate")(estimate.estimate)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 
 INTERRUPTED = 130

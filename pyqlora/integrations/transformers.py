@@ -27,6 +27,7 @@ from pyqlora.quant import PACKED_KEY, QUANT_TYPES, dequantize_4bit
 logger = transformers.logging.get_logger(__name__)
 
 MADV_PAGEOUT = 21  # linux/mman.h
+COPY_BYTES = 32 << 20
 METHOD = "bitsandbytes_4bit"
 STATE_KEYS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
@@ -109,7 +110,7 @@ class Quantizer(HfQuantizer):
         if not self.pre_quantized:
             for param in model.parameters():
                 if not isinstance(param, Params4bit):
-                    param.data = param.data.clone()  # else it keeps the whole file mapped
+                    param.data = _copied(param.data)  # else it keeps the whole file mapped
         _report_unquantized(model)
         return model
 
@@ -214,6 +215,18 @@ def _replace_linear(model: nn.Module, skip: list[str], config: transformers.Bits
             f"{type(model).__name__} has no linear layer to quantize outside of {sorted(skip)}: load it without "
             "quantization_config, or change llm_int8_skip_modules"
         )
+
+
+def _copied(weight: Tensor) -> Tensor:
+    """A copy, made in pieces that are read no more afterwards: the peak is not twice an embedding."""
+    if not weight.is_contiguous():
+        return weight.clone()
+    copy = torch.empty_like(weight)
+    count = max(1, COPY_BYTES // weight.itemsize)
+    for target, piece in zip(copy.view(-1).split(count), weight.view(-1).split(count), strict=True):
+        target.copy_(piece)
+        _page_out(piece)
+    return copy
 
 
 def _page_out(weight: Tensor) -> None:
