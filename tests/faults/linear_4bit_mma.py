@@ -69,4 +69,6 @@ FAULTS = [
     Fault("misaligned store", "l.n % kVector == 0 && aligned(l.y.data, 16)", "aligned(l.y.data, 16)"),
     Fault("blocks past the last column", "if (column >= n) continue;", ""),
     Fault("tokens past the last", "if (token >= m) return;", ""),
+    Fault("update's rows past the last", "min(8 * token + g, m - 1) * update.rank", "(8 * token + g) * update.rank"),
+    Fault("update in every warp of a split", "int step = k_warp; split == 0", "int step = 0; split == 0"),
 ]

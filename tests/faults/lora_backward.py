@@ -15,4 +15,8 @@ FAULTS = [
     Fault("ds not scaled", "= total * scale;", "= total;"),
     Fault("parts of ds in one place", "(column_block * m + row0 + row)", "(row0 + row)"),
     Fault("parts of db in one place", "(chunk * rank + r) * n", "r * n"),
+    Fault("fragments of B in another order", "8 * t + 4 * half + 2 * word", "8 * t + 4 * word + 2 * half"),
+    Fault("wrong lane's rows of s", "row = row0 + t + i / 2 * 8;", "row = row0 + t + i % 2 * 8;"),
+    Fault("last warp's sums left out", "w < kLoraWarps; ++w", "w < kLoraWarps - 1; ++w"),
+    Fault("db past the last column", "if (column + c < n) to[c] = v[c];", "if (column + c <= n) to[c] = v[c];"),
 ]

@@ -29,4 +29,9 @@ FAULTS = [
     Fault("columns of y in another order", "g / 2 * 8 + 2 * j + g % 2", "8 * j + g"),
     Fault("y added where it is to be replaced", "if (accumulate) load_vector", "if (true) load_vector"),
     Fault("rows past the tile written", "if (8 * r + g >= rows.count) continue;", ""),
+    Fault("every split sums everything", "int64_t step = split * kLoraWarps + warp; step", "int64_t step = warp; step"),
+    Fault("half of the warps left out", "int half = kLoraWarps / 2; half", "int half = kLoraWarps / 4; half"),
+    Fault("wrong lane's sums", "* 16 + v % 4 / 2 * 8 + g;", "* 16 + v % 2 * 8 + g;"),
+    Fault("columns of y past the last", "if (column + e < n) to[e] =", "if (column + e <= n) to[e] ="),
+    Fault("misaligned store", "= n % kVector == 0 && aligned(a.y.data, 16);", "= aligned(a.y.data, 16);"),
 ]
