@@ -56,7 +56,6 @@ struct DequantizeBlockwiseArgs {
     int64_t blocksize;
 };
 
-
 // A power of two from 32 (4-bit) or 64 (8-bit) to 4096, as in bitsandbytes; on the CPU 8-bit blocks may be longer.
 constexpr int64_t kLargestCpuBlock = 1 << 20;
 
