@@ -145,7 +145,7 @@ def test_mma_is_deterministic(gpu):
 def test_mma_adds_splits_in_one_order(gpu, monkeypatch):
     """Equal rows of W give equal bits, whichever thread block adds them; a bias leaves the last bits to be seen."""
     n, k = 2056, 6144
-    monkeypatch.setattr(linear_4bit_cuda, "_gpu", lambda device: (80, 3 * -(-n // 32)))
+    monkeypatch.setattr(linear_4bit_cuda, "gpu_of", lambda device: (80, 3 * -(-n // 32)))
     (packed, absmax, *rest), values = weight_of(1, k, 64)
     weight = packed.repeat(n, 1), absmax.repeat(n), *rest
     x = (100 * torch.randn(1, k, generator=torch.Generator().manual_seed(1))).half()
