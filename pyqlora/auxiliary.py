@@ -150,6 +150,15 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[self._active_adapter] if merge and self._active_adapter else self.original_module
 
 
+def raise_inside_lora(wrapper: type, layer: LoraLayer, adapter_name: str) -> None:
+    """The error for a name that matches a part of a LoRA layer, as an adapter's own name may."""
+    raise ValueError(
+        f"You are trying to target a module with {wrapper} that is a child of {type(layer)}. This is almost certainly "
+        f"not the intended behavior. Please ensure that the adapter name, '{adapter_name}', does not conflict with any "
+        "of the targeted modules."
+    )
+
+
 def wrap_modules_to_save(
     model: nn.Module, config: LoraConfig, adapter_name: str, active: bool, tied: list[str]
 ) -> None:
@@ -171,10 +180,7 @@ def wrap_modules_to_save(
         parent_name, _, child_name = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         if isinstance(model.get_submodule(parent_name.rpartition(".")[0]), LoraLayer):
-            raise ValueError(
-                f"modules_to_save={sorted(wanted)} matches {name}, which is part of a LoRA layer: the adapter's name "
-                f"'{adapter_name}' must not be one of modules_to_save"
-            )
+            raise_inside_lora(ModulesToSaveWrapper, model.get_submodule(parent_name.rpartition(".")[0]), adapter_name)
         inside += (f"{name}.",)
         wrapper = module if isinstance(module, ModulesToSaveWrapper) else wrapped.get(module)
         if wrapper is None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyqlora.auxiliary import raise_inside_lora
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.rows import BASE_ROW, names_of_rows
@@ -250,6 +251,9 @@ def _wrap(
     config: LoraConfig,
 ) -> None:
     module = model.get_submodule(path)
+    around = model.get_submodule(path.rpartition(".")[0].rpartition(".")[0])
+    if isinstance(around, LoraLayer):
+        raise_inside_lora(TrainableTokensWrapper, around, adapter_name)
     if isinstance(module, LoraLayer):
         raise TypeError(
             f"trainable_token_indices cannot be applied to modules of type {type(module)}: {path} has a LoRA adapter; "
