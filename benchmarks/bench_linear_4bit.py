@@ -9,6 +9,7 @@ import torch
 
 import pyqlora
 import pyqlora.functional as ours
+import pyqlora.nn
 from benchmarks.harness import Case
 
 FORWARD = [
@@ -36,6 +37,25 @@ def cases() -> Iterator[Case]:
         yield _case(m, n, k, label, backward=False)
     for m, n, k, label in FORWARD_BACKWARD:
         yield _case(m, n, k, label, backward=True)
+    yield _calls()
+
+
+def _calls() -> Case:
+    """1,000 calls of a layer that is too small to cost anything: milliseconds are then microseconds a call."""
+    layers = {
+        "pyqlora": pyqlora.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"),
+        "bitsandbytes": peer.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"),
+        "torch dense": torch.nn.Linear(64, 64, bias=False),
+    }
+    x = torch.randn(1, 64)
+
+    def calls(layer):
+        with torch.no_grad():
+            for _ in range(1000):
+                layer(x)
+
+    runs = {name: lambda layer=layer: calls(layer) for name, layer in layers.items()}
+    return Case("1000 calls of Linear4bit M=1 64x64 fp32", runs, lambda: None)
 
 
 def _case(m: int, n: int, k: int, label: str, backward: bool) -> Case:

@@ -16,11 +16,15 @@ import torch
 
 @dataclass
 class Case:
-    """One operation on one shape. `runs`: name -> function; the first one is ours, "bitsandbytes" the peer."""
+    """One operation on one shape. `runs`: name -> function; the first one is ours, "bitsandbytes" the peer.
+
+    `before` is called before every run, outside the time measured.
+    """
 
     name: str
     runs: dict[str, Callable[[], object]]
     check: Callable[[], None]
+    before: Callable[[], None] = lambda: None
 
 
 def _median(samples: list[float]) -> float:
@@ -35,6 +39,7 @@ def measure(case: Case, rounds: int) -> dict:
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.runs}
     for _ in range(rounds):
         for name, run in case.runs.items():
+            case.before()
             cpu, wall = time.process_time(), time.perf_counter()
             result = run()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

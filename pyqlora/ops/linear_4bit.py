@@ -37,6 +37,7 @@ def _(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, 
 _FUSED_ROWS = 24
 _WORKSPACE_BYTES = 8 << 20
 _local = threading.local()
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 def _pieces(weight: tuple, n: int, k: int):
@@ -53,27 +54,29 @@ def _pieces(weight: tuple, n: int, k: int):
 
 
 def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
-    if min(shape) < 1:
+    if shape[0] < 1 or shape[1] < 1:
         raise ValueError(f"linear_4bit: shape: expected [N, K], both positive, got {list(shape)}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in _FLOATS:
         raise ValueError(f"linear_4bit: {arg}: expected float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != columns:
+    if x.shape[-1:] != (columns,):
         raise ValueError(f"linear_4bit: {arg}: expected a last dimension of {columns}, got shape {list(x.shape)}")
 
 
-def _forward(x: Tensor, *weight_shape_bias) -> Tensor:
-    *weight, shape, bias = weight_shape_bias
+def _forward(
+    x, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type, shape, bias
+) -> Tensor:
     n, k = shape
     _check("x", x, k, shape)
     module, context = native(x)
+    scales = (absmax, nested_absmax, nested_code, offset, nested_blocksize)
     if module is not _C.cpu:
-        return linear_4bit_cuda.forward(x, weight, shape, bias)
+        return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias)
     y = x.new_empty((*x.shape[:-1], n))
     m = x.numel() // k
     if m <= _FUSED_ROWS:
-        *packed_and_scales, blocksize, quant_type = weight
-        module.linear_4bit(x.contiguous(), *packed_and_scales, bias, y, n, k, blocksize, quant_type, context)
+        module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, context)
         return y
+    weight = (packed, *scales, blocksize, quant_type)
     x, rows = x.reshape(m, k).float(), y.view(m, n)
     for first, last, piece in _pieces(weight, n, k):
         product = rows[:, first:last]
