@@ -113,6 +113,23 @@ def test_optim_step_moves_16_bytes(compiled, request):
     assert checked == 36  # rules, dtypes and widths of state
 
 
+def test_lora_linear_uses_tensor_cores(compiled, request):
+    """And 16-byte loads; s is narrow, what else they write goes out 16 bytes at a time."""
+    if not NVDISASM:
+        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
+    checked = 0
+    for operation in ("lora_linear", "lora_backward"):
+        for kernel, count in instructions(compiled[operation][0]).items():
+            product = re.search(r"lora_(down|up|backward)_kernel", kernel)
+            if not product or ("sm_75" in request.node.name and "bfloat16" in kernel):
+                continue
+            assert count["HMMA"] and count["LDG.128"], kernel
+            assert not count["LDL"] and not count["STL"], f"{kernel}: local memory"
+            assert product[1] == "down" or count["STG.128"], f"{kernel}: narrow stores"
+            checked += 1
+    assert checked == (9 if "sm_75" in request.node.name else 18)
+
+
 def main_loops(cubin):
     """{kernel: opcodes of its main loop}: of what lies between a backward branch and its target, the shortest that
     holds the most tensor-core instructions."""
