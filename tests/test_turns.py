@@ -13,7 +13,7 @@ import torch
 from pyqlora import LoraConfig, PeftModel, get_peft_model
 from pyqlora.hotswap import hotswap_adapter
 
-NAMES = ("a", "b", "c")
+NAMES = ("red", "green", "blue")
 SWAPS = 1000
 TARGETS = {"mlp": ["up", "down", "head"], "4-bit": ["up", "down"]}
 MODELS = {"mlp": tiny.mlp, "4-bit": tiny.mlp_4bit}
@@ -24,7 +24,7 @@ X = torch.linspace(-2, 2, 4 * 11).view(4, 11)
 def saved(request, tmp_path_factory):
     """(kind of model, directories of four adapters of different ranks)."""
     kind, paths = request.param, {}
-    for seed, name in enumerate((*NAMES, "d")):
+    for seed, name in enumerate((*NAMES, "new")):
         torch.manual_seed(seed)
         config = LoraConfig(target_modules=TARGETS[kind], init_lora_weights=False, r=2 + seed, lora_alpha=5)
         paths[name] = tmp_path_factory.mktemp(name)
@@ -52,8 +52,9 @@ def resident() -> int:
 
 
 def tensors() -> int:
+    """Tensors that the process holds."""
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 @torch.no_grad()
@@ -69,14 +70,14 @@ def test_no_cross_talk_while_adapters_come_and_go(saved):
             while not done.is_set():
                 assert torch.equal(model(X, adapter_names=rows(name)), expected[name]), name
                 calls.append(name)
-                done.wait(0.03)  # the swaps are what is waited for
+                done.wait(0.05)  # the swaps are what is waited for
 
     def swap():
         with torch.no_grad():
             before = None
             for i in range(SWAPS):
-                model.load_adapter(saved[1]["d"], "d")
-                model.delete_adapter("d")
+                model.load_adapter(saved[1]["new"], "new")
+                model.delete_adapter("new")
                 if i == SWAPS // 10:
                     before = tensors(), resident()
         return before
@@ -98,10 +99,10 @@ def test_no_cross_talk_while_adapters_come_and_go(saved):
 @torch.no_grad()
 def test_memory_is_flat_over_a_thousand_hot_swaps(saved):
     """Ranks go up and down, and the model ends as it began."""
-    model = loaded(saved, ("a",)).eval()
+    model = loaded(saved, ("red",)).eval()
     expected = model(X)
     for i in range(SWAPS):
-        hotswap_adapter(model, saved[1]["b" if i % 2 == 0 else "a"], "a")
+        hotswap_adapter(model, saved[1]["green" if i % 2 == 0 else "red"], "red")
         if i == SWAPS // 10:
             before = tensors(), resident()
     assert tensors() == before[0]
@@ -127,18 +128,18 @@ def test_set_adapter_a_thousand_times(saved):
 @torch.no_grad()
 def test_several_threads_load_at_once(saved):
     """Adapters loaded side by side by threads are all whole."""
-    model = loaded(saved, ("a",)).eval()
+    model = loaded(saved, ("red",)).eval()
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: model.load_adapter(saved[1]["b"], f"b{i}"), range(12)))
-    expected = loaded(saved, ("b",)).eval()(X)
+        list(pool.map(lambda i: model.load_adapter(saved[1]["green"], f"green{i}"), range(12)))
+    expected = loaded(saved, ("green",)).eval()(X)
     for i in range(12):
-        torch.testing.assert_close(model(X, adapter_names=[f"b{i}"] * len(X)), expected)
+        torch.testing.assert_close(model(X, adapter_names=[f"green{i}"] * len(X)), expected)
 
 
 def test_generation_from_threads():
     """transformers' generate, every thread with its own adapter on a model with 4-bit layers."""
     pytest.importorskip("transformers")
-    model = get_peft_model(tiny.llama(), LoraConfig(target_modules="all-linear", init_lora_weights=False), "a")
+    model = get_peft_model(tiny.llama(), LoraConfig(target_modules="all-linear", init_lora_weights=False), "red")
     for name in NAMES[1:]:
         model.add_adapter(name, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4))
     tiny.randomize(model)
