@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyqlora import quant
+from pyqlora.ops import paged, paged_cuda
 from pyqlora.ops.linear_4bit import linear_4bit
 from pyqlora.quant import QuantState
 from pyqlora.quant_maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
@@ -26,6 +27,8 @@ __all__ = [
     "dequantize_nf4",
     "gemv_4bit",
     "get_4bit_type",
+    "get_paged",
+    "prefetch_tensor",
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_fp4",
@@ -208,3 +211,37 @@ def _deliver(q: Tensor, state: QuantState, out: Tensor | None, absmax: Tensor | 
     if absmax is not None:
         state.absmax = absmax.copy_(state.absmax)
     return (q if out is None else out.copy_(q)), state
+
+
+def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+    """Zeros that leave memory under pressure: a CPU tensor with `is_paged` and `page_deviceid`.
+
+    For a GPU (the default, where there is one) it lies in unified memory that its kernels can use too; for a CPU in a
+    file-backed mapping (see $PYQLORA_PAGE_DIR), and page_deviceid is None.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cpu":
+        (out,) = paged.paged_zeros([(shape, dtype)])
+        out.page_deviceid = None
+    else:
+        device = torch.device(device.type, device.index or 0)
+        out = paged_cuda.get_paged(shape, dtype, device)
+        out.page_deviceid = device.index
+    out.is_paged = True
+    return out
+
+
+def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+    """Move a tensor of `get_paged` to where it is used next: its GPU, or with `to_cpu` the host; it may take its time.
+
+    On a CPU the operating system is asked to read its pages ahead, or with `to_cpu` to write them to their file.
+
+    Raises:
+        ValueError: the tensor is not paged.
+    """
+    if not getattr(A, "is_paged", False):
+        raise ValueError("prefetch_tensor: expected a tensor of get_paged, got one that is not paged")
+    index = A.page_deviceid
+    paged.prefetch(A, to_cpu, torch.device("cpu") if index is None else torch.device("cuda", index))

@@ -153,3 +153,15 @@ def test_matmul_4bit_gradient():
     expected = dy.double() @ F.dequantize_4bit(packed, state).double()
     assert torch.allclose(x.grad.double(), expected, rtol=0, atol=64 * torch.finfo(torch.float32).eps * 8)
     assert torch.allclose(bias.grad, dy.sum(0))
+
+
+def test_paged_tensors_on_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYQLORA_PAGE_DIR", str(tmp_path))
+    x = F.get_paged(30, 1000, dtype=torch.float32, device="cpu")
+    assert x.shape == (30, 1000) and not x.any() and x.is_paged and x.page_deviceid is None
+    x.copy_(expected := torch.randn(30, 1000))
+    F.prefetch_tensor(x, to_cpu=True)
+    F.prefetch_tensor(x)
+    assert torch.equal(x, expected)
+    with pytest.raises(ValueError, match="prefetch_tensor: expected a tensor of get_paged, got one that is not paged"):
+        F.prefetch_tensor(expected)

@@ -32,6 +32,36 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
         [](uintptr_t p, size_t bytes) { emulation::checks::written_by_host(reinterpret_cast<void*>(p), bytes); },
         "pointer"_a, "bytes"_a, "These bytes are initialised.");
     m.def("set_compute_capability", &emulation::set_compute_capability, "major"_a, "What the device says of itself.");
+    m.def("set_lazy", &emulation::set_lazy, "seed"_a,
+          "Queue what streams are given and run it in a random legal order when someone waits; 0: run it at once.");
+    m.def("set_concurrent_managed_access", &emulation::set_concurrent_managed_access, "supported"_a);
+    m.def(
+        "synchronize", [](uintptr_t stream) { cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(stream)); },
+        "stream"_a = 0);
+    m.def(
+        "copy",
+        [](uintptr_t to, uintptr_t from, size_t bytes, uintptr_t stream) {
+            cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes,
+                            cudaMemcpyHostToDevice, reinterpret_cast<cudaStream_t>(stream));
+        },
+        "to"_a, "from"_a, "bytes"_a, "stream"_a);
+    m.def(
+        "new_stream",
+        [] {
+            cudaStream_t stream;
+            cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+            return reinterpret_cast<uintptr_t>(stream);
+        },
+        "A cudaStream_t, for the life of the process.");
+    m.def(
+        "stream_counts",
+        [] {
+            const emulation::StreamCounts c = emulation::stream_counts();
+            return py::dict("host_accesses"_a = c.host_accesses, "page_faults"_a = c.page_faults,
+                            "prefetches"_a = c.prefetches, "page_outs"_a = c.page_outs, "copies"_a = c.copies,
+                            "allocations"_a = c.allocations);
+        },
+        "What happened since the last set_lazy.");
     m.def("reset", &emulation::reset, "Forget the last failure, after which every launch fails.");
     m.def(
         "set_order",

@@ -5,6 +5,7 @@
 namespace pyqlora {
 
 void bind_optim_step(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_paged(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_quantize(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_linear_4bit(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_lora_linear(pybind11::module_& cpu, pybind11::module_& cuda);
@@ -14,6 +15,7 @@ inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
     bind_linear_4bit(cpu, cuda);
     bind_lora_linear(cpu, cuda);
     bind_optim_step(cpu, cuda);
+    bind_paged(cpu, cuda);
 }
 
 }  // namespace pyqlora

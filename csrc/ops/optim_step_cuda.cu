@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_maps(Maps& maps, const float* const (&qmap)
 // decades. Rounded down from half an entry below it, the rank is right or one too low, and one midpoint tells which.
 __device__ __forceinline__ uint32_t encode(const float* splits, bool is_signed, float y) {
     constexpr float slopes[7] = {1e6 / 0.9, 2e5 / 0.9, 4e4 / 0.9, 8e3 / 0.9, 1.6e3 / 0.9, 320 / 0.9, 64 / 0.9};
-    const float magnitude = fabsf(y);
+    const float magnitude = fminf(fabsf(y), 1.0f);  // also of NaN, out of states that came in as such
     float rank = fmaf(magnitude, slopes[6], 64 * 8.0f / 9);
 #pragma unroll
     for (int d = 0; d < 6; ++d) rank = fminf(rank, fmaf(magnitude, slopes[d], (1 << d) * 8.0f / 9));
@@ -332,7 +332,7 @@ void optim_step(const OptimStepArgs& a, void* stream) {
         dispatch_float<__half, __nv_bfloat16>(a.params[0].dtype, [&](auto type) {
             using T = typename decltype(type)::type;
             auto* norms = a.max_unorm > 0 ? a.workspace.as<double2>() : nullptr;
-            Table table;
+            Table table{};
             for (size_t i = 0; i < order.size(); ++i) {
                 const size_t t = order[i];
                 if (a.params[t].numel) {
@@ -344,7 +344,7 @@ void optim_step(const OptimStepArgs& a, void* stream) {
                 a.quantized() ? step<T, Rule, true>(a, table, a.steps[t], norms, stream)
                               : step<T, Rule, false>(a, table, a.steps[t], norms, stream);
                 if (norms) norms += table.chunks;
-                table.count = 0, table.chunks = 0;
+                table = Table{};
             }
         });
     });

@@ -16,7 +16,7 @@ except ImportError as error:
         "(cmake -S . -B build -G Ninja && cmake --build build)."
     ) from error
 
-_override: Any = None
+_override: tuple[Any, int] | None = None
 
 
 def native(tensor: torch.Tensor) -> tuple[Any, int]:
@@ -27,7 +27,7 @@ def native(tensor: torch.Tensor) -> tuple[Any, int]:
         RuntimeError: the tensor is on a GPU, but this build has no CUDA kernels.
     """
     if _override is not None:
-        return _override, 0
+        return _override
     if tensor.is_cpu:
         return _C.cpu, torch.get_num_threads()
     device = tensor.device
@@ -61,10 +61,13 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 @contextmanager
-def override(module: Any):
-    """Serve every tensor from `module`: how the tests run the CUDA kernels on emulated device memory."""
+def override(module: Any, context: int = 0):
+    """Serve every tensor from `module`: how the tests run the CUDA kernels on emulated device memory.
+
+    None goes back to the tensors' own devices; `context` is the stream.
+    """
     global _override
-    before, _override = _override, module
+    before, _override = _override, None if module is None else (module, context)
     try:
         yield
     finally:

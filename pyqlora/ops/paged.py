@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyqlora.ops.backend import native
+
 ALIGNMENT = 64
 Spec = tuple[Sequence[int], torch.dtype]
 
@@ -72,6 +74,19 @@ def paged_zeros(specs: Sequence[Spec], directory: str | os.PathLike | None = Non
         else torch.zeros(tuple(shape), dtype=dtype)
         for (shape, dtype), offset in zip(specs, offsets, strict=True)
     ]
+
+
+def prefetch(tensor: Tensor, to_cpu: bool, device: torch.device) -> None:
+    """Ask for the pages of a paged tensor before they are used, or to be rid of them; `device`: where they are used.
+
+    On the current stream of a GPU unified memory migrates to it, or to the host with `to_cpu`. On a CPU the operating
+    system is asked to read the pages ahead, or with `to_cpu` to write them to their file.
+
+    Raises:
+        RuntimeError: CUDA's own, for memory that is not unified.
+    """
+    module, context = native(tensor if device.type == "cpu" else torch.empty(0, device=device))
+    module.prefetch(tensor, to_cpu, device.index or 0, context)
 
 
 @lru_cache

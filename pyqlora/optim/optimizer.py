@@ -14,9 +14,12 @@ from torch import Tensor
 
 from pyqlora.ops.optim_step import RULES, Batch, optim_step
 from pyqlora.ops.paged import paged_zeros
+from pyqlora.ops.paged_cuda import GROUP_BYTES, Pages, in_turn, paged_by_gpu
 from pyqlora.optim.manager import GlobalOptimManager
 from pyqlora.optim.states import WRAPPED, WRAPPER, convert, from_checkpoint, state_specs
 from pyqlora.quant_maps import create_dynamic_map
+
+PAGED = ("state1", "state2", "absmax1", "absmax2")
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -28,7 +31,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         defaults: the hyperparameters of a group.
         optim_bits: 32 for float32 states; 8 for codes in blocks of 256, but for tensors below min_8bit_size elements.
         args: an object whose attributes of these names take the place of the arguments.
-        is_paged: keep the states in a file-backed mapping, so that they leave RAM under memory pressure.
+        is_paged: keep the states in a file-backed mapping, so that they leave RAM under memory pressure; those of
+            parameters on a GPU in host memory, from where they visit the GPU during the step.
         page_dir: directory of that file; default $PYQLORA_PAGE_DIR, then the directory for temporary files.
 
     A gradient that would make a state non-finite leaves the parameter and the states of its element as they are.
@@ -53,6 +57,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         self.optimizer_name = optimizer_name
         self.is_paged = self.paged or is_paged
         self.page_dir = page_dir
+        self._pages: dict[Tensor, Pages] = {}  # of states that a GPU pages
         self.args = SimpleNamespace(
             optim_bits=self.fixed_bits or getattr(args, "optim_bits", optim_bits),
             min_8bit_size=getattr(args, "min_8bit_size", min_8bit_size),
@@ -74,26 +79,37 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        by_pages: dict[Pages | None, list[tuple[Tensor, dict, dict]]] = {}
         for group_index, group in enumerate(self.param_groups):
             entries = [(p, config, self.state[p]) for p, config in self._configs(group_index, group)]
             self._add_states({p: config for p, config, state in entries if "state1" not in state})
-            batches: dict[Any, tuple[dict[str, Any], Batch]] = {}
-            copies = []
-            for p, config, state in entries:
-                state["step"] += 1
-                schedule = state["step"] if config.get("t_alpha") or config.get("t_beta3") else None
-                key = (p.dtype, p.device, state["state1"].dtype, id(config), schedule)
-                if key not in batches:
-                    batches[key] = config, Batch()
-                contiguous = p if p.is_contiguous() else p.contiguous()
-                if contiguous is not p:
-                    copies.append((p, contiguous))
-                batches[key][1].add(contiguous, p.grad.contiguous(), state)
-            for config, batch in batches.values():
-                _step(self.optimizer_name, config, batch)
-            for p, contiguous in copies:
-                p.copy_(contiguous)
+            for entry in entries:
+                by_pages.setdefault(self._pages.get(entry[0]) if self._pages else None, []).append(entry)
+        self._step_together(by_pages.pop(None, []))
+        for pages in in_turn(by_pages):
+            self._step_together(by_pages[pages], pages)
         return loss
+
+    def _step_together(self, entries: list[tuple[Tensor, dict, dict]], pages: Pages | None = None) -> None:
+        """One native call for all parameters of equal configuration, dtype, device and width of state."""
+        batches: dict[Any, tuple[dict[str, Any], Batch]] = {}
+        copies = []
+        for p, config, state in entries:
+            state["step"] += 1
+            schedule = state["step"] if config.get("t_alpha") or config.get("t_beta3") else None
+            key = (p.dtype, p.device, state["state1"].dtype, id(config), schedule)
+            if key not in batches:
+                batches[key] = config, Batch()
+            contiguous = p if p.is_contiguous() else p.contiguous()
+            if contiguous is not p:
+                copies.append((p, contiguous))
+            if pages is not None:
+                state = {k: pages.on_device(v) if k in PAGED else v for k, v in state.items()}
+            batches[key][1].add(contiguous, p.grad.contiguous(), state)
+        for config, batch in batches.values():
+            _step(self.optimizer_name, config, batch)
+        for p, contiguous in copies:
+            p.copy_(contiguous)
 
     def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> list[tuple[Tensor, dict]]:
         """The group's parameters that have a gradient, or all, with their configurations: one object where equal."""
@@ -126,14 +142,36 @@ class Optimizer8bit(torch.optim.Optimizer):
         return state_specs(self.optimizer_name, p, bits)
 
     def _allocate(self, specs: dict[Tensor, dict]) -> dict[Tensor, dict[str, Tensor]]:
-        on_cpu = all(p.device.type == "cpu" for p in specs)
-        if self.is_paged and specs and on_cpu:
-            flat = iter(paged_zeros([spec for named in specs.values() for spec in named.values()], self.page_dir))
-            return {p: {key: next(flat) for key in named} for p, named in specs.items()}
+        if self.is_paged and specs:
+            if all(paged_by_gpu(p) for p in specs):
+                return self._allocate_pages(specs)
+            if all(p.device.type == "cpu" for p in specs):
+                flat = iter(paged_zeros([spec for named in specs.values() for spec in named.values()], self.page_dir))
+                return {p: {key: next(flat) for key in named} for p, named in specs.items()}
         return {
             p: {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, (shape, dtype) in named.items()}
             for p, named in specs.items()
         }
+
+    def _allocate_pages(self, specs: dict[Tensor, dict]) -> dict[Tensor, dict[str, Tensor]]:
+        """States that a GPU pages, in groups of neighbouring parameters of one device."""
+        allocated, group, size = {}, [], 0
+
+        def allocate() -> None:
+            pages = Pages([spec for p in group for spec in specs[p].values()], group[0])
+            flat = iter(pages.tensors)
+            for p in group:
+                allocated[p] = {key: next(flat) for key in specs[p]}
+                self._pages[p] = pages
+
+        for p, named in specs.items():
+            if group and (size >= GROUP_BYTES or p.device != group[0].device):
+                allocate()
+                group, size = [], 0
+            group.append(p)
+            size += sum(math.prod(shape) * dtype.itemsize for shape, dtype in named.values())
+        allocate()
+        return allocated
 
     def _complete(self, p: Tensor, config: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         """Add what bitsandbytes keeps beside the numbers: the maps and the place for the update's norm."""
@@ -146,6 +184,8 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, the tensors of each state wrapped as bitsandbytes does to hide their shapes from FSDP."""
+        for pages in set(self._pages.values()):
+            pages.synchronize()
         saved = super().state_dict()
         wrapped = {}
         for index, state in saved["state"].items():
@@ -186,8 +226,10 @@ class Optimizer8bit(torch.optim.Optimizer):
             self.state[p] = state
 
     def __getstate__(self) -> dict[str, Any]:
+        for pages in set(self._pages.values()):
+            pages.synchronize()
         own = ("optimizer_name", "is_paged", "page_dir", "args")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}, "_pages": {}}
 
 
 class Optimizer2State(Optimizer8bit):

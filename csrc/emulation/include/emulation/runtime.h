@@ -1,5 +1,6 @@
-// The CUDA runtime, as far as core/launch.h uses it: one device, one stream, launches that run at once.
+// The CUDA runtime, as far as core/launch.h uses it: one device, and launches in the order of streams.h.
 #pragma once
+#include <tuple>
 
 enum cudaError_t {
     cudaSuccess = 0,
@@ -9,7 +10,6 @@ enum cudaError_t {
     cudaErrorNoKernelImageForDevice = 209,
     cudaErrorLaunchFailure = 719,
 };
-using cudaStream_t = struct CUstream_st*;
 
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorName(cudaError_t error);
@@ -21,6 +21,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 namespace emulation {
 void set_compute_capability(int major);
 }
+
+#include "emulation/streams.h"
 
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
@@ -56,9 +58,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return cudaErrorInvalidValue;
     if (!(emulation::device_argument<std::decay_t<Args>>(args) && ...))
         return emulation::refuse("a kernel argument points to host memory"), cudaErrorLaunchFailure;
-    auto call = [&] { kernel(static_cast<Parameters>(args)...); };
-    const bool ok = emulation::run_grid(
-        config->gridDim, config->blockDim, config->dynamicSmemBytes,
-        [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call);
-    return ok ? cudaSuccess : cudaErrorLaunchFailure;
+    const std::tuple<std::decay_t<Parameters>...> arguments(static_cast<Parameters>(args)...);
+    auto launch = [kernel, arguments, config = *config] {
+        auto call = [&] { std::apply(kernel, arguments); };
+        return emulation::run_grid(
+            config.gridDim, config.blockDim, config.dynamicSmemBytes,
+            [](void* closure) { (*static_cast<decltype(call)*>(closure))(); }, &call);
+    };
+    return emulation::enqueue(config->stream, &arguments, sizeof arguments, true, launch);
 }
