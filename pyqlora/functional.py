@@ -213,14 +213,12 @@ def _deliver(q: Tensor, state: QuantState, out: Tensor | None, absmax: Tensor | 
     return (q if out is None else out.copy_(q)), state
 
 
-def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
+def get_paged(*shape, dtype=torch.float32, device=torch.device("cuda", index=0)):  # noqa: B008
     """Zeros that leave memory under pressure: a CPU tensor with `is_paged` and `page_deviceid`.
 
-    For a GPU (the default, where there is one) it lies in unified memory that its kernels can use too; for a CPU in a
-    file-backed mapping (see $PYQLORA_PAGE_DIR), and page_deviceid is None.
+    For a GPU it lies in unified memory that its kernels can use too; for a CPU in a file-backed mapping (see
+    $PYQLORA_PAGE_DIR), and page_deviceid is None.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
     if device.type == "cpu":
         (out,) = paged.paged_zeros([(shape, dtype)])
@@ -233,7 +231,7 @@ def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
     return out
 
 
-def prefetch_tensor(A: Tensor, to_cpu: bool = False) -> None:
+def prefetch_tensor(A: Tensor, to_cpu=False) -> None:
     """Move a tensor of `get_paged` to where it is used next: its GPU, or with `to_cpu` the host; it may take its time.
 
     On a CPU the operating system is asked to read its pages ahead, or with `to_cpu` to write them to their file.

@@ -57,7 +57,10 @@ def instructions(cubin):
 def test_no_spills_and_few_registers(compiled):
     for operation, (_, report) in compiled.items():
         spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-        assert spills and not any(spills), f"{operation}: {report}"
+        if not spills:
+            assert operation == "paged", f"{operation} has no kernels"
+            continue
+        assert not any(spills), f"{operation}: {report}"
         assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= REGISTERS.get(
             operation, REGISTERS_OF_OTHERS
         ), operation

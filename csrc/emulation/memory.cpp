@@ -94,8 +94,9 @@ namespace {
 int compute_capability_major = 8;
 }
 void emulation::set_compute_capability(int major) { compute_capability_major = major; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
-    *value = compute_capability_major;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    *value = attribute == cudaDevAttrConcurrentManagedAccess ? emulation::concurrent_managed_access()
+                                                             : compute_capability_major;
     return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }

@@ -40,7 +40,7 @@ struct Shared {
 std::map<char*, Shared> shared;
 std::vector<CUstream_st*> streams{new CUstream_st};  // first the default stream
 uint64_t seed = 0;
-bool concurrent_managed_access = true;
+bool concurrent = true;
 StreamCounts counts{};
 struct sigaction previous_handler;
 
@@ -176,7 +176,8 @@ void set_lazy(uint64_t new_seed) {
     seed = new_seed ? new_seed * 0x9E3779B97F4A7C15u | 1 : 0;
     counts = {};
 }
-void set_concurrent_managed_access(bool supported) { concurrent_managed_access = supported; }
+void set_concurrent_managed_access(bool supported) { concurrent = supported; }
+bool concurrent_managed_access() { return concurrent; }
 StreamCounts stream_counts() {
     counts.allocations = static_cast<int>(shared.size());
     return counts;
@@ -212,10 +213,6 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = concurrent_managed_access;
-    return cudaSuccess;
-}
 cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned) { return allocate_shared(p, bytes, true); }
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return allocate_shared(p, bytes, false); }
 cudaError_t cudaFree(void* p) { return free_shared(p); }
@@ -223,11 +220,11 @@ cudaError_t cudaFreeHost(void* p) { return free_shared(p); }
 cudaError_t cudaMemAdvise(const void* p, size_t bytes, cudaMemoryAdvise, int) {
     const auto found = find(p);
     const bool managed = found != shared.end() && found->second.managed && bytes <= found->second.bytes;
-    return managed && concurrent_managed_access ? cudaSuccess : cudaErrorInvalidValue;
+    return managed && concurrent ? cudaSuccess : cudaErrorInvalidValue;
 }
 cudaError_t cudaMemPrefetchAsync(const void* p, size_t bytes, int device, cudaStream_t stream) {
     const auto found = find(p);
-    if (found == shared.end() || !found->second.managed || bytes > found->second.bytes || !concurrent_managed_access)
+    if (found == shared.end() || !found->second.managed || bytes > found->second.bytes || !concurrent)
         return cudaErrorInvalidValue;
     ++(device == cudaCpuDeviceId ? counts.page_outs : counts.prefetches);
     return emulation::enqueue(stream, &p, sizeof p, false, [begin = found->first, device] {

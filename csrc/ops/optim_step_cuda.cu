@@ -245,7 +245,7 @@ __device__ __forceinline__ double warp_sum(double x) {
 
 // norms[chunk] = |u|^2 and |p|^2 of the chunk, for 32-bit states.
 template <class T, class Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     norms_kernel(const __grid_constant__ Table table, const Rule rule, double2* norms) {
     const uint32_t chunk = blockIdx.x * kWarps + threadIdx.x / 32;
     if (chunk >= table.chunks) return;

@@ -9,7 +9,6 @@ using cudaEvent_t = struct CUevent_st*;
 enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaMemAttachGlobal = 1, cudaHostAllocDefault = 0 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 enum cudaMemoryAdvise { cudaMemAdviseSetPreferredLocation = 3, cudaMemAdviseSetAccessedBy = 5 };
-enum cudaDeviceAttr { cudaDevAttrConcurrentManagedAccess = 89 };
 constexpr int cudaCpuDeviceId = -1;
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
@@ -20,7 +19,6 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMallocManaged(void** p, size_t bytes, unsigned flags);
 cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned flags);
 cudaError_t cudaFree(void* p);
@@ -42,6 +40,7 @@ cudaError_t enqueue(cudaStream_t stream, const void* arguments, size_t bytes, bo
 // the host waits. Where it touches managed or pinned memory in the meantime, host_accesses() counts it.
 void set_lazy(uint64_t seed);  // 0: eagerly, after all that is queued
 void set_concurrent_managed_access(bool supported);
+bool concurrent_managed_access();
 
 struct StreamCounts {
     int host_accesses;  // of the host to memory that queued work uses
