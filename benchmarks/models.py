@@ -27,6 +27,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 IMPLEMENTATIONS = ("pyqlora", "bitsandbytes", "torch dense")
 CHECKPOINTING = {"use_reentrant": False}
 transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 _directory = tempfile.TemporaryDirectory()
 
 

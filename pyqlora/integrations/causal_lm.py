@@ -1,12 +1,12 @@
 """The loss of transformers' causal language models without all their logits: `causal_lm_loss`.
 
 For a batch of 4 × 256 tokens and a vocabulary of 49152, one copy of the logits is 201 MB, and a training step holds
-several: more than everything else in a small model's step. Here the model runs with an output layer that sees the last
-position only, the input of that layer is caught, and `pyqlora.ops.linear_cross_entropy` does the rest.
+several: more than everything else in a small model's step. Here the model runs with a stand-in for its output layer,
+which catches that layer's input, and `pyqlora.ops.linear_cross_entropy` does the rest.
 
 That is the same loss only if the model's logits are what its output layer returns. Some models do more (they cap or
-scale the logits, or add an auxiliary loss): this is seen by comparing the two on the last position, and such a model's
-own loss is computed then.
+scale the logits, or add an auxiliary loss): this is seen by what becomes of the stand-in's output, one row of known
+numbers, and such a model's own loss is computed then.
 """
 
 from __future__ import annotations
@@ -72,26 +72,26 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
 
 
 def _run(model: nn.Module, head: nn.Linear, inputs: dict[str, Any]) -> tuple[Tensor, bool]:
-    """The input of the output layer, and whether the model's logits at the last position are what that layer gave."""
+    """The input of the output layer, and whether the model returns what that layer does as its logits, untouched."""
     seen: list[Tensor] = []
 
-    def only_last(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        seen.append(args[0])
-        return (args[0][:, -1:],)
+    def forward(hidden: Tensor) -> Tensor:
+        probe = torch.linspace(-50, 50, head.out_features, dtype=hidden.dtype, device=hidden.device)
+        seen.extend((hidden, probe.expand(len(hidden), 1, -1)))
+        return seen[-1] + hidden[:, -1:, :0].sum(-1, keepdim=True)  # + 0: for autograd it depends on hidden
 
-    handles = [
-        head.register_forward_pre_hook(only_last),
-        head.register_forward_hook(lambda _, __, output: seen.append(output.detach())),
-    ]
+    before = head.__dict__.get("forward")
+    head.forward = forward
     try:
         outputs = model(**inputs)
     finally:
-        for handle in handles:
-            handle.remove()
+        del head.forward
+        if before is not None:
+            head.forward = before
     if len(seen) != 2 or getattr(outputs, "aux_loss", None) is not None:
         return seen[0], False
-    hidden, logits = seen
-    return hidden, outputs.logits.shape == logits.shape and torch.equal(outputs.logits.to(logits.dtype), logits)
+    hidden, probe = seen
+    return hidden, outputs.logits.shape == probe.shape and torch.equal(outputs.logits.to(probe.dtype), probe)
 
 
 class LossOnly:
