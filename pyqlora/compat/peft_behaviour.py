@@ -91,6 +91,7 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
     **{kind: {"__module__": _PATH} for kind in (Linear, Embedding, Conv1d, Conv2d, Conv3d, ParamWrapper)},
     **{
         kind: {
+            "__module__": "peft.utils.other",
             "_adapters": property(kind.adapters),
             "adapter_layer_names": [],
             "adapter_state_dict_load_map": kind.key_map,
