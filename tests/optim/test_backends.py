@@ -54,5 +54,5 @@ def test_training_gives_the_cpus_numbers(backend, family, bits, prefix, dtype):
     if backend.name == "cuda":  # the gradients are torch's on another device: rounded differently
         assert losses == pytest.approx(expected_losses, rel=16 * torch.finfo(dtype).eps)
         return
-    assert losses == expected_losses and losses[-1] < losses[0]
+    assert losses == expected_losses
     assert all(torch.equal(x, y) for x, y in zip(tensors, expected, strict=True))
