@@ -11,7 +11,7 @@ from pyqlora.config import PeftConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.variants import DoraCaching
 
-__all__ = ["DoraCaching", "check_if_peft_model", "rescale_adapter_scale"]
+__all__ = ["DoraCaching", "check_if_peft_model", "disable_input_dtype_casting", "rescale_adapter_scale"]
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
@@ -43,3 +43,21 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     finally:
         for layer, scaling in before.items():
             layer.scaling = scaling
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """While open, convolutions hand their input to an adapter as it is, where hooks convert the weights, as diffusers'.
+
+    Linear layers read x and A together and multiply both in one dtype, whatever hooks have made of A: there is nothing
+    to switch off in them.
+    """
+    layers = [layer for layer in model.modules() if active and isinstance(layer, LoraLayer)]
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled

@@ -155,6 +155,16 @@ class ConvNd(LoraLayer):
         a, b = (factor.float() for factor in self.factors(name))
         return (b.flatten(1) @ a.flatten(1)).view(len(b), *a.shape[1:])
 
+    def norm_update(self, name: str) -> Tensor:
+        """What DoRA's norm adds to the base weight, in its shape.
+
+        With groups it is no part of the layer's update, whose A sees the inputs of all groups: PEFT lays the product
+        out so, and an adapter computes the same here only if this does so too.
+        """
+        a, b = (factor.float() for factor in self.factors(name))
+        product = b.reshape(-1, len(a)) @ a.flatten(1)
+        return product.view(self.get_base_layer().weight.shape) * self.scaling[name]
+
     def norm_shape(self) -> tuple[int, ...]:
         return (1, self.out_features, *(1,) * len(self.get_base_layer().kernel_size))
 
@@ -163,7 +173,8 @@ class ConvNd(LoraLayer):
 
     def convolved(self, name: str, x: Tensor) -> Tensor:
         """The adapter's scaled output for x."""
-        x = x.to(self.factors(name)[0].dtype)
+        if self.cast_input_dtype_enabled:
+            x = x.to(self.factors(name)[0].dtype)
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
 

@@ -27,6 +27,7 @@ class LoraLayer(nn.Module):
 
     adapter_layer_names = PARAMETER_DICTS
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    cast_input_dtype_enabled = True  # see pyqlora.helpers.disable_input_dtype_casting
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float):
         super().__init__()
@@ -83,6 +84,10 @@ class LoraLayer(nn.Module):
     def scaled_update(self, name: str) -> Tensor:
         """What the adapter adds to the base weight, in float32."""
         return self.delta_matrix(name) * self.scaling[name]
+
+    def norm_update(self, name: str) -> Tensor:
+        """What DoRA's norm adds to the base weight, in float32."""
+        return self.scaled_update(name)
 
     def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result`, which may be overwritten, with the adapter's plain LoRA update of `x` added."""

@@ -29,6 +29,8 @@ class TrainableTokens(nn.Module):
         self.tied = tied_to is not None
         self.trainable_tokens_delta = tied_to.trainable_tokens_delta if tied_to else nn.ParameterDict()
         self.token_indices: dict[str, list[int]] = tied_to.token_indices if tied_to else {}
+        # The rows that the base weight had before an adapter was merged; a tied head reads the same weight.
+        self.replaced: dict[str, Tensor] = tied_to.replaced if tied_to else {}
 
     def add(self, name: str, indices: list[int]) -> None:
         """Start an adapter's rows from those of the base layer."""
@@ -66,6 +68,20 @@ class TrainableTokens(nn.Module):
             weight = self.base_layer.weight
             weight.data[self.token_indices[name]] = self.trainable_tokens_delta[name].to(weight.dtype)
 
+    @torch.no_grad()
+    def merge(self, names: Iterable[str]) -> None:
+        """As `write`, keeping what was there."""
+        for name in names:
+            self.replaced[name] = self.base_layer.weight.detach()[self.token_indices[name]].clone()
+            self.write([name])
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight's own rows back."""
+        for name, rows in self.replaced.items():
+            self.base_layer.weight.data[self.token_indices[name]] = rows
+        self.replaced.clear()
+
 
 class TrainableTokensWrapper(nn.Module):
     """Stands in for an embedding or a tied head and runs it with the active adapters' rows."""
@@ -77,7 +93,6 @@ class TrainableTokensWrapper(nn.Module):
         self.token_adapter = TrainableTokens(module, tied_to.token_adapter if tied_to else None)
         self._active_adapters: list[str] = []
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
 
     @property
     def active_adapters(self) -> list[str]:
@@ -90,6 +105,16 @@ class TrainableTokensWrapper(nn.Module):
         return self._disable_adapters
 
     @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters whose rows the base weight holds."""
+        return list(self.token_adapter.replaced)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds any adapter's rows."""
+        return bool(self.token_adapter.replaced)
+
+    @property
     def original_module(self) -> nn.Module:
         """The wrapped layer."""
         return self.token_adapter.base_layer
@@ -98,7 +123,7 @@ class TrainableTokensWrapper(nn.Module):
     def weight(self) -> Tensor:
         """The base weight with the active rows in it: a copy."""
         weight = self.original_module.weight
-        if self._disable_adapters:
+        if self._disable_adapters or self.merged:
             return weight
         for name in self._active_adapters:
             indices = torch.tensor(self.token_adapter.token_indices[name], device=weight.device)
@@ -124,10 +149,12 @@ class TrainableTokensWrapper(nn.Module):
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """The layer's output with the active adapters' rows; with adapter_names, with those of each row's adapter."""
         names = names_of_rows(len(x), kwargs.get("adapter_names"))
+        if self._disable_adapters and self.merged:
+            self.unmerge()
         if self._disable_adapters:
             return self.token_adapter(x)
         if names is None:
-            return self.token_adapter(x, self._active_adapters)
+            return self.token_adapter(x, () if self.merged else self._active_adapters)
         rows: list[Any] = [None] * len(names)
         for name in dict.fromkeys(names):
             chosen = [i for i, other in enumerate(names) if other == name]
@@ -144,17 +171,41 @@ class TrainableTokensWrapper(nn.Module):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         mine = [name for name in names if name in self.adapters()]
-        seen: set[int] = set()
-        for name in mine:
-            if seen & set(self.token_adapter.token_indices[name]):
-                raise ValueError(
-                    f"Token indices of adapter {name} are already defined and would result in undefined merging "
-                    "behavior. Only disjunct token indices are currently supported."
-                )
-            seen |= set(self.token_adapter.token_indices[name])
+        self._check_disjunct(mine, f"Only one adapter can be set at a time for {type(self).__name__}: ")
         self._active_adapters = mine
         for name in self.adapters():
             self.set_requires_grad(name, name in mine and not inference_mode)
+
+    def _check_disjunct(self, names: Iterable[str], what: str = "") -> None:
+        seen: set[int] = set()
+        for name in names:
+            if seen & set(self.token_adapter.token_indices[name]):
+                raise ValueError(
+                    f"{what}Token indices of adapter {name} are already defined and would result in undefined merging "
+                    "behavior. Only disjunct token indices are currently supported."
+                )
+            seen |= set(self.token_adapter.token_indices[name])
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        names = self._active_adapters if adapter_names is None else adapter_names
+        return [name for name in names if name in self.adapters() and name not in self.token_adapter.replaced]
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError if two of these adapters (default: the active ones) and the merged train the same token."""
+        self._check_disjunct([*self.merged_adapters, *self._to_merge(adapter_names)])
+
+    def merge(self, adapter_names: list[str] | None = None) -> None:
+        """Put the rows of these adapters (default: the active ones) into the base weight; those of a tied head's too.
+
+        Raises:
+            ValueError: see check_merge.
+        """
+        self.check_merge(adapter_names)
+        self.token_adapter.merge(self._to_merge(adapter_names))
+
+    def unmerge(self) -> None:
+        """Put the base weight's own rows back."""
+        self.token_adapter.unmerge()
 
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze the adapters' rows."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyqlora.auxiliary import ModulesToSaveWrapper, wrap_modules_to_save
 from pyqlora.config import LoraConfig, PeftConfig
+from pyqlora.encoder import call_layers
 from pyqlora.inject import no_match_error, pattern_value, resolve_targets
 from pyqlora.kinds import make_layer
 from pyqlora.lora_layer import LoraLayer
@@ -20,10 +21,12 @@ from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
 from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_targets
-from pyqlora.trainable_tokens import wrap_trainable_tokens
+from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.tying import Ties, tie_layers
 from pyqlora.unload import unload, untie
 from pyqlora.weighted import fill, weighted_config
+
+Mergeable = LoraLayer | TrainableTokensWrapper
 
 
 class LoraModel(nn.Module):
@@ -141,6 +144,7 @@ class LoraModel(nn.Module):
         active = adapter_name in self.active_adapters
         wrap_modules_to_save(model, config, adapter_name, active, ties.saved)
         wrap_trainable_tokens(model, config, adapter_name, active)
+        call_layers(model)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._freeze_base()
         for parameter in trainable:
@@ -206,7 +210,7 @@ class LoraModel(nn.Module):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Use one adapter or several at once; train them, and no others, unless `inference_mode`."""
         for module in self.adapted():
-            if isinstance(module, LoraLayer) and module.merged:
+            if isinstance(module, Mergeable) and module.merged:
                 warnings.warn(
                     "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
                 )
@@ -336,15 +340,25 @@ class LoraModel(nn.Module):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, requantize: bool = False
     ) -> None:
-        """Add the updates of adapters (default: the active ones) to the base weights; see LoraLayer.merge."""
+        """Add the updates of adapters (default: the active ones) to the base weights; see LoraLayer.merge.
+
+        Raises:
+            ValueError: two of the adapters train the same token.
+        """
+        tokens = [module for module in self.adapted() if isinstance(module, TrainableTokensWrapper)]
+        for wrapper in tokens:
+            wrapper.check_merge(adapter_names)
         untie(self.model)
+        for wrapper in tokens:
+            wrapper.merge(adapter_names)
         for layer in self.lora_layers():
             layer.merge(safe_merge=safe_merge, adapter_names=adapter_names, requantize=requantize)
 
     def unmerge_adapter(self) -> None:
         """Take merged updates out of the base weights again."""
-        for layer in self.lora_layers():
-            layer.unmerge()
+        for module in self.adapted():
+            if isinstance(module, LoraLayer) or (isinstance(module, TrainableTokensWrapper) and module.merged):
+                module.unmerge()
 
     def merge_and_unload(
         self,
@@ -359,13 +373,16 @@ class LoraModel(nn.Module):
         loads without pyqlora; with `requantize` the 4-bit layers stay 4-bit ones. Where the 4-bit model's tokenizer is
         at hand, a line on stderr says how far the result is from the unmerged model on a few prompts.
         """
+        for module in self.adapted():
+            if isinstance(module, TrainableTokensWrapper):
+                module.check_merge(adapter_names)
         with checked(self, adapter_names):
             untie(self.model)
             return unload(self.model, True, progressbar, safe_merge, adapter_names, requantize)
 
     def unload(self) -> nn.Module:
         """Return the base model as it was, without any LoRA layer."""
-        for layer in self.lora_layers():
-            if layer.merged:
-                layer.unmerge()
+        for module in self.adapted():
+            if isinstance(module, Mergeable) and module.merged:
+                module.unmerge()
         return unload(self.model, False)

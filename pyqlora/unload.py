@@ -9,6 +9,7 @@ from torch import nn
 
 from pyqlora import dense
 from pyqlora.auxiliary import ModulesToSaveWrapper
+from pyqlora.encoder import restore
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 from pyqlora.tying import tie_again
@@ -37,6 +38,7 @@ def unload(
             left = module.unloaded(merge, adapter_names)
         parent_name, _, child_name = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child_name, left)
+    restore(model)
     if merge:
         tie_again(layers)
     if merge and not requantize:

@@ -223,7 +223,7 @@ class Dora:
         """‖W + sBA‖ for each output feature, in float32, in the shape of the magnitudes."""
         if weight is None:
             weight = layer.read_weight()
-        adapted = weight + layer.scaled_update(name)
+        adapted = weight + layer.norm_update(name)
         return layer.feature_rows(adapted).norm(dim=1).view(layer.norm_shape())
 
     @staticmethod

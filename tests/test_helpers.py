@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch import nn
 
 from pyqlora import LoraConfig, get_peft_model
-from pyqlora.helpers import DoraCaching, check_if_peft_model, rescale_adapter_scale
+from pyqlora.helpers import DoraCaching, check_if_peft_model, disable_input_dtype_casting, rescale_adapter_scale
 
 
 def adapted(**changes):
@@ -57,3 +58,22 @@ def test_dora_keeps_norms_in_eval_mode_and_on_request_only():
     DoraCaching()(False)
     model(x())
     assert not layer._dora_cache
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_disable_input_dtype_casting(active):
+    model = nn.Sequential(nn.Conv1d(3, 4, 1))
+    model = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    expected = model(torch.ones(1, 3, 2))
+    layer = model.base_model.model[0]
+    for factor in (layer.lora_A["default"], layer.lora_B["default"]):  # weights wait in fp16 and are widened for use
+        factor.half()
+        factor.register_forward_pre_hook(lambda module, args: module.float() and None)
+        factor.register_forward_hook(lambda module, args, output: module.half() and None)
+    with disable_input_dtype_casting(model, active):
+        if active:
+            torch.testing.assert_close(model(torch.ones(1, 3, 2)), expected, rtol=1e-2, atol=1e-2)
+        else:
+            with pytest.raises(RuntimeError, match="type"):
+                model(torch.ones(1, 3, 2))
+    assert layer.cast_input_dtype_enabled

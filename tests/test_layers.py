@@ -248,6 +248,19 @@ def test_grouped_convolution():
         layer.merge()
 
 
+def test_grouped_convolution_with_dora_is_pefts():
+    peft = pytest.importorskip("peft")
+    outputs = []
+    for library in (peft, __import__("pyqlora")):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2))
+        config = library.LoraConfig(r=2, target_modules=["0"], use_dora=True, init_lora_weights=False)
+        with pytest.warns(UserWarning, match="groups > 1"):
+            model = library.get_peft_model(base, config)
+        outputs.append(model(torch.randn(1, 4, 5, 5)))
+    torch.testing.assert_close(*outputs)
+
+
 def test_scaling():
     layer = make_layer(nn.Linear(4, 3), "default", LoraConfig(), 2, 6)
     layer.scale_layer(2)

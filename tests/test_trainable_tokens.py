@@ -81,3 +81,33 @@ def test_errors():
         )
     with pytest.raises(TypeError, match="cannot be applied to modules of type"):
         get_peft_model(tiny.llama(), config(trainable_token_indices={"layers.0.mlp": [1]}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_writes_the_rows_and_unmerging_restores_them(tied):
+    base = tiny.llama(tie_word_embeddings=tied)
+    before = base.get_input_embeddings().weight.detach().clone()
+    model = get_peft_model(base, config(trainable_token_indices=[3, 1])).eval()
+    model.add_adapter("other", config(trainable_token_indices=[60]))
+    with torch.no_grad():
+        for name, rows in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                rows += 1
+    adapted = model(ids()).logits
+    model.merge_adapter(["default"])
+    model.base_model.model.get_input_embeddings().set_adapter("other")  # what is merged counts, not what is active
+    torch.testing.assert_close(model(ids()).logits, adapted, rtol=1e-5, atol=1e-5)
+    model.merge_adapter(["other"])
+    assert not torch.allclose(model(ids()).logits, adapted)
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.get_input_embeddings().original_module.weight, before)
+
+
+def test_merging_two_adapters_of_one_token_is_refused():
+    model = get_peft_model(tiny.llama(), config(trainable_token_indices=[3, 1]))
+    model.add_adapter("other", config(trainable_token_indices=[1, 60]))
+    with pytest.raises(ValueError, match="of adapter other are already defined"):
+        model.merge_and_unload(adapter_names=["default", "other"])
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="of adapter other are already defined"):
+        model.merge_adapter(["other"])

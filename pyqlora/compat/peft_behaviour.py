@@ -19,7 +19,7 @@ from pyqlora.compat import peft_internals
 from pyqlora.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.parameters import ParamWrapper
-from pyqlora.trainable_tokens import TrainableTokensWrapper
+from pyqlora.trainable_tokens import TrainableTokens, TrainableTokensWrapper
 from pyqlora.tuner import LoraModel
 
 
@@ -73,6 +73,12 @@ def _alias(attribute: str) -> property:
     )
 
 
+def _original_rows(tokens: TrainableTokens) -> dict[str, Tensor]:
+    """Each adapter's rows as the base layer has them."""
+    weight = tokens.base_layer.weight.detach()
+    return {name: tokens.replaced.get(name, weight[indices]) for name, indices in tokens.token_indices.items()}
+
+
 _PATH = "peft.tuners.lora.layer"  # where PEFT's classes say they are from, as in its messages
 
 # What programs call on PEFT's classes beside their public methods, and what they find there in place of the core's.
@@ -98,6 +104,7 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
         }
         for kind in (ModulesToSaveWrapper, TrainableTokensWrapper)
     },
+    TrainableTokens: {"trainable_tokens_original": property(_original_rows)},
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),
