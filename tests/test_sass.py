@@ -74,20 +74,6 @@ def test_quantize_moves_16_bytes_at_a_time(compiled):
         assert count["STG.128"] if "dequantize" in kernel else count["LDG.128"], f"{kernel}: no 16-byte accesses"
 
 
-def test_lora_linear_multiplies_on_tensor_cores(compiled, request):
-    if not NVDISASM:
-        pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
-    old = "sm_75" in request.node.name  # where the kernels for bfloat16 are never launched
-    checked = 0
-    for operation in ("lora_linear", "lora_backward"):
-        for kernel, count in instructions(compiled[operation][0]).items():
-            if re.search("lora_(down|up|backward)_kernel", kernel) and not (old and "bfloat16" in kernel):
-                assert count["HMMA"] and count["LDG.128"], kernel
-                assert not count["LDL"] and not count["STL"], f"{kernel}: local memory"
-                checked += 1
-    assert checked == (9 if old else 18)
-
-
 def test_dequantize_stays_within_its_budget(compiled, request):
     """Instructions per weight at which memory, not issue, is the limit. A thread's tile is 32 weights."""
     if not NVDISASM:
@@ -134,8 +120,9 @@ def test_lora_linear_uses_tensor_cores(compiled, request):
 
 
 def main_loops(cubin):
-    """{kernel: opcodes of its main loop}: of what lies between a backward branch and its target, the shortest that
-    holds the most tensor-core instructions."""
+    """{kernel: opcodes of its main loop}: of what lies between a backward branch and its target, and holds no other
+    such loop (as the ways back from cold blocks behind the kernel's end do), that with the most tensor-core
+    instructions."""
     text = subprocess.run([NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
     loops = {}
     for kernel in re.split(r"\n\.text\.", text)[1:]:
@@ -147,8 +134,10 @@ def main_loops(cubin):
                 opcodes.append(opcode[1])
                 target = re.search(r"\.L_\w+", line)
                 if opcode[1] == "BRA" and target and target[0] in labels:
-                    found.append(opcodes[labels[target[0]] :])
-        loops[kernel.partition(":")[0]] = max(found, key=lambda loop: (loop.count("HMMA"), -len(loop)), default=[])
+                    found.append((labels[target[0]], len(opcodes)))
+        inner = [a for a in found if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+        bodies = [opcodes[start:end] for start, end in inner]
+        loops[kernel.partition(":")[0]] = max(bodies, key=lambda loop: (loop.count("HMMA"), -len(loop)), default=[])
     return loops
 
 
