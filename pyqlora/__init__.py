@@ -14,6 +14,7 @@ from pyqlora.auto import (
 )
 from pyqlora.base_weights import get_base_model_state_dict, set_base_model_state_dict
 from pyqlora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
+from pyqlora.eva import get_eva_state_dict, initialize_lora_eva_weights
 from pyqlora.kbit import prepare_model_for_kbit_training
 from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from pyqlora.matmul import matmul_4bit
@@ -62,10 +63,12 @@ __all__ = [
     "TunerModelStatus",
     "causal_lm_loss",
     "get_base_model_state_dict",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "linear_cross_entropy",
     "load_peft_weights",

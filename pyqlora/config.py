@@ -178,7 +178,15 @@ class LoftQConfig:
 
 @dataclass
 class EvaConfig:
-    """EVA initialisation (Paischer et al. 2024, arXiv:2410.07170), read and written for PEFT's files."""
+    """EVA initialisation from data (Paischer et al. 2024, arXiv:2410.07170); see pyqlora.eva.
+
+    Args:
+        rho: a layer's rank may grow to rho · r where its inputs need more components than others'.
+        tau: cosine similarity to the step before at which a component has settled.
+        use_label_mask: leave out tokens whose label is `label_mask_value`.
+        whiten: divide components by the root of their singular values.
+        adjust_scaling_factors: keep alpha / r as it was where the rank has changed.
+    """
 
     rho: float = 2.0
     tau: float = 0.99

@@ -115,6 +115,7 @@ MODULES = {
     "utils.transformers_weight_conversion": ("pyqlora.compat.transformers_conversion",),
     "optimizers": ("pyqlora.loraplus", "pyqlora.optim"),
     "optimizers.loraplus": ("pyqlora.loraplus",),
+    "tuners.lora.eva": ("pyqlora.eva",),
     "tuners.lora.dora": ("pyqlora.variants",),
     "tuners.lora.variants": ("pyqlora.variants",),
 }
