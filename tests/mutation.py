@@ -7,7 +7,7 @@ The exit status is the number of faults that nothing noticed. A fault costs one 
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -47,10 +47,12 @@ def killer(kernel: str, folder: Path) -> str | None:
     """The first test that fails on the kernels in `folder`, and how; None if all pass."""
     tests = TESTS / importlib.import_module(f"faults.{kernel}").TESTS
     environment = os.environ | {"PYQLORA_EMULATION_CHANGED": str(folder), "COLUMNS": "4000"}
+    # The package that this process uses, which may be installed: the source tree need not hold the extension.
+    environment["PYTHONPATH"] = str(Path(importlib.util.find_spec("pyqlora").origin).parents[1])
     # Peers, and examples made smaller after a failure, take time and find no more than the reference does.
     command = [sys.executable, "-m", "pytest", "-x", "-rf", "--tb=no", "-p", "no:cacheprovider"]
     command += ["--backend", "emulated_changed", "-k", "emulated_changed and not bitsandbytes", tests]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=emulation.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS)
     if done.returncode == 0:
         return None
     if failure := re.search(r"^(?:FAILED|ERROR) \S*/(test_\w+\.py::.*)$", done.stdout, re.MULTILINE):
