@@ -127,8 +127,8 @@ def with_values(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
     """
     own, plain, by_class = {}, {}, {}
     for name, value in values.items():
-        # FSDP keeps parameters as plain attributes; of a parametrized one torch has put a property into the class.
-        (own if name in module._parameters else plain if name in module.__dict__ else by_class)[name] = value
+        # FSDP has plain attributes before parameters; of a parametrized one torch has put a property into the class.
+        (plain if name in module.__dict__ else own if name in module._parameters else by_class)[name] = value
     kind = type(module)
     if by_class:
         kind = type(kind.__name__, (kind,), by_class)

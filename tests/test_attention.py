@@ -111,3 +111,18 @@ def test_what_it_refuses():
     model = get_peft_model(attending(), config()).eval()
     with pytest.raises(TypeError, match="does not support mixed adapter batches"):
         model(x(), adapter_names=["default"] * 4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@torch.no_grad()
+def test_runs_in_fsdp():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = get_peft_model(attending(), config()).eval()
+        expected = model(x())
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        torch.testing.assert_close(sharded(x()), expected)
+    finally:
+        torch.distributed.destroy_process_group()
