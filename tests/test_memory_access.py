@@ -8,7 +8,10 @@ import emulation
 import pytest
 import torch
 
-from pyqlora.ops import backend, linear_4bit_cuda, quantize
+from pyqlora.ops import backend, linear_4bit_cuda, lora_linear_cuda, quantize
+from pyqlora.ops.optim_step import RULES, Batch, optim_step
+from pyqlora.optim.states import encode, state_specs
+from pyqlora.quant_maps import create_dynamic_map
 
 N, K = 64, 1024
 CODE = torch.linspace(-1, 1, 256)
@@ -104,3 +107,83 @@ def test_linear_4bit_mma(m, nested):
     assert ratio(totals, "shared", "load") < 1.8  # the pair table has none; the last sum over the warps has some
     assert ratio(totals, "device", "store") < (CLOSE if m < 32 else 2.01)  # with splits, float32 sums, likewise
     assert store_width(totals) == 16
+
+
+def optimizer_batch(rule, bits, dtype):
+    """One tensor whose states are in use, so that their codes fall where they do in training."""
+    p, g, state = torch.randn(4096).to(dtype), torch.randn(4096).to(dtype), {"step": 3}
+    for key, (shape, _) in state_specs(rule, p, 32).items():
+        state[key] = torch.randn(shape) if key == "state1" else torch.rand(shape)
+        if bits == 8:
+            state["qmap" + key[-1]] = create_dynamic_map(key == "state1")
+            state[key], state["absmax" + key[-1]] = encode(state[key], state["qmap" + key[-1]])
+    if rule == "lamb" and bits == 32:
+        state["unorm_vec"] = torch.zeros(1)
+    batch = Batch()
+    batch.add(p, g, state)
+    return batch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("rule", ["adam", "lamb"])
+def test_optim_step(rule, bits, dtype):
+    batch = optimizer_batch(rule, bits, dtype)
+    limit = 1.0 if rule == "lamb" and bits == 32 else 0.0
+    options = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "weight_decay": 0.1}
+    totals = counted(lambda: optim_step(RULES[rule].name, batch, lr=1e-2, max_unorm=limit, **options))
+    # A lane's eight floats are two requests of 16 bytes for the same sectors; 16-bit and 8-bit ones are one.
+    for kind in ("load", "store"):
+        assert ratio(totals, "device", kind, 16) < (CLOSE if (bits, dtype) == (8, torch.bfloat16) else 2.01)
+        assert ratio(totals, "device", kind, 8) < CLOSE
+    assert store_width(totals) >= (8 if bits == 8 else 16)
+    if bits == 8:
+        # The map's values and midpoints are looked up wherever 32 codes fall among 256 words.
+        assert ratio(totals, "shared", "load") < 4.5 and ratio(totals, "shared", "store") < CLOSE
+        assert ratio(totals, "device", "load", 4) < 1.2  # scales; the maps' neighbours, shifted by a word
+
+
+def factor_ratio(dtype):
+    """Of 16-byte loads: a lane's eight float32 are two requests for the same sectors, 16-bit ones are one."""
+    return 2.01 if dtype == torch.float32 else CLOSE
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_lora_down_and_up(adapters, dtype, rank):
+    """Also in batches whose rows use different adapters."""
+    x, y = torch.randn(66, K, dtype=torch.bfloat16), torch.randn(66, K, dtype=torch.bfloat16)
+    a = [torch.randn(rank, K).to(dtype) for _ in range(adapters)]
+    b = [torch.randn(K, rank).to(dtype) for _ in range(adapters)]
+    tiles = lora_linear_cuda.tiles_of((0, 2, 1), 22, x.device) if adapters > 1 else None
+    s = []
+    totals = counted(lambda: s.append(lora_linear_cuda.down(x, a, [1.0] * adapters, tiles)))
+    assert ratio(totals, "device", "load", 16) < factor_ratio(dtype)
+    assert max(ratio(totals, "shared", "load"), ratio(totals, "shared", "store")) < CLOSE
+    assert ratio(totals, "device", "store") < 2.01  # sums: a fragment's neighbours are two apart, in two requests
+    totals = counted(lambda: lora_linear_cuda.up(s[0], b, y, tiles))
+    assert ratio(totals, "device", "load", 16) < factor_ratio(dtype)
+    assert ratio(totals, "device", "store") < CLOSE and store_width(totals) == 16
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_lora_backward(dtype, rank):
+    dy, s = torch.randn(64, K, dtype=torch.bfloat16), torch.randn(64, rank, dtype=torch.bfloat16)
+    b, a = torch.randn(K, rank).to(dtype), torch.randn(rank, K).to(dtype)
+    for run, transposes in (
+        (lambda: lora_linear_cuda.backward(dy, b, s, 1.0), True),
+        (lambda: lora_linear_cuda.backward_a(dy, a, s, None, 0.0), False),
+    ):
+        totals = counted(run)
+        assert ratio(totals, "device", "load", 16) < CLOSE  # dy, twice: once from memory
+        assert max(ratio(totals, "shared", "load"), ratio(totals, "shared", "store")) < CLOSE
+        # The sums' parts: eight floats of a lane are two requests for the same sectors.
+        assert ratio(totals, "device", "store", 16) < 2.01
+        # s and B by elements, eight of a rank's row side by side, which is half a sector; both stay in the caches.
+        assert max(ratio(totals, "device", "load", width) for width in (2, 4)) < 2.01
+        # dB is the transposed sum of its parts, in which a lane's neighbour is a row further: N r elements, written
+        # once and joined by the L2 cache, next to the M N of dy.
+        if not transposes:
+            assert ratio(totals, "device", "store", dtype.itemsize) < CLOSE

@@ -67,7 +67,7 @@ FAULTS = [
     Fault("bias past the last column", "bias[min(column + i, n - 1)]", "bias[column + i]"),
     Fault("columns past the last", "if (column + i < n) out[row", "if (column + i <= n) out[row"),
     Fault("misaligned store", "l.n % kVector == 0 && aligned(l.y.data, 16)", "aligned(l.y.data, 16)"),
-    Fault("blocks past the last column", "if (column >= n) continue;", ""),
+    Fault("sums of another token", "token * 8 + 2 * t + i % 2)", "token * 8 + t + i % 2 * 4)"),
     Fault("tokens past the last", "if (token >= m) return;", ""),
     Fault("update's rows past the last", "min(8 * token + g, m - 1) * update.rank", "(8 * token + g) * update.rank"),
     Fault("update in every warp of a split", "int step = k_warp; split == 0", "int step = 0; split == 0"),

@@ -8,9 +8,9 @@ TESTS = "ops/test_optim_step.py"
 FAULTS = [
     Fault("wrong row of the table", "table.rows[middle].first <= chunk", "table.rows[middle].first < chunk"),
     Fault(
-        "chunks past the last",
-        "if (chunk >= table.chunks) return;\n    const Row& row = table.rows[row_of(table, chunk)];\n    const bool",
-        "const Row& row = table.rows[row_of(table, chunk)];\n    const bool",
+        "norms of chunks past the last",
+        "if (chunk >= table.chunks) return;\n    const Row& row = table.rows[row_of(table, chunk)];\n    const int64_t begin",
+        "const Row& row = table.rows[row_of(table, chunk)];\n    const int64_t begin",
     ),
     Fault("tail read one too far", "v[i] = i < n ? to_float(x[i]) : 0.0f;", "v[i] = i <= n ? to_float(x[i]) : 0.0f;"),
     Fault(
