@@ -13,6 +13,10 @@ def tied_names(model: nn.Module) -> list[str]:
     if not tied or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
         return []
     if isinstance(tied, dict):
+        for path, module in model.named_modules():  # BART's inner model ties the embeddings of encoder and decoder
+            inner = getattr(module, "_tied_weights_keys", None) if path else None
+            if isinstance(inner, dict):
+                tied = {**tied, **{f"{path}.{key}": f"{path}.{source}" for key, source in inner.items()}}
         if not hasattr(model, "get_input_embeddings"):
             raise ValueError(
                 "The supplied model implements `_tied_weights_keys` as a dict but doesn't implement "

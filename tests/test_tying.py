@@ -125,3 +125,28 @@ def test_what_is_said(tied, targets, ensure, text):
     with pytest.warns(UserWarning, match=text):
         adapted = get_peft_model(model(tied), config(targets, ensure_weight_tying=ensure))
     assert isinstance(adapted.base_model.model.embed_tokens, nn.Embedding)
+
+
+@pytest.mark.parametrize("kind", ["Bart", "T5"])
+def test_trained_tokens_of_encoder_and_decoder(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 64, "d_model": 16, "max_position_embeddings": 32, "decoder_start_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**small)
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    before = base(input_ids=torch.tensor([[5, 6]]), decoder_input_ids=torch.tensor([[1, 7]])).logits
+    model = get_peft_model(base, LoraConfig(r=2, task_type="SEQ_2_SEQ_LM", trainable_token_indices=[5, 7])).eval()
+    with torch.no_grad():
+        for name, rows in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                rows += 1
+    inputs = [
+        {"input_ids": torch.tensor([[source, 6]]), "decoder_input_ids": torch.tensor([[1, target]])}
+        for source, target in [(5, 8), (9, 7)]
+    ]
+    adapted = [model(**given).logits for given in inputs]
+    merged = model.merge_and_unload()
+    for given, logits in zip(inputs, adapted, strict=True):
+        torch.testing.assert_close(merged(**given).logits, logits, rtol=1e-4, atol=1e-4)
+    after = merged(input_ids=torch.tensor([[5, 6]]), decoder_input_ids=torch.tensor([[1, 7]])).logits
+    assert not torch.allclose(after, before)
