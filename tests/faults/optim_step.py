@@ -9,7 +9,8 @@ FAULTS = [
     Fault("wrong row of the table", "table.rows[middle].first <= chunk", "table.rows[middle].first < chunk"),
     Fault(
         "norms of chunks past the last",
-        "if (chunk >= table.chunks) return;\n    const Row& row = table.rows[row_of(table, chunk)];\n    const int64_t begin",
+        "if (chunk >= table.chunks) return;\n"
+        "    const Row& row = table.rows[row_of(table, chunk)];\n    const int64_t begin",
         "const Row& row = table.rows[row_of(table, chunk)];\n    const int64_t begin",
     ),
     Fault("tail read one too far", "v[i] = i < n ? to_float(x[i]) : 0.0f;", "v[i] = i <= n ? to_float(x[i]) : 0.0f;"),
@@ -57,6 +58,6 @@ FAULTS = [
         "for (int lanes = 8; lanes; lanes /= 2) x +=",
     ),
     Fault("norm of the first chunks only", "c < chunks; c += 32", "c < min(chunks, 32u); c += 32"),
-    Fault("norms of every table in one place", "if (norms) norms += table.chunks;", ""),
+    Fault("limit of another tensor", "norms[row.first].x = norm > limit", "norms[blockIdx.x].x = norm > limit"),
     Fault("steps of another tensor", "a.steps[order[i + 1]] != a.steps[t]", "false"),
 ]
