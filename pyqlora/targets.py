@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
-from pyqlora.inject import EXCLUDED, match, pattern_value
+from pyqlora.inject import EXCLUDED, ends_with, match, pattern_value
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
 PREFIX = "lora_"  # how the names of LoRA's parameters start
 COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
+STACKS = ("gate_up_proj", "down_proj")  # all experts' weights in one parameter, as transformers 5 has them
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Adapted = LoraLayer | Wrapper
 
@@ -67,6 +68,25 @@ def _warn_about_difference(config: LoraConfig, model: nn.Module, stored: set[str
             "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. " + text,
             RuntimeWarning,
             stacklevel=6,
+        )
+
+
+def warn_about_experts(config: LoraConfig, model: nn.Module) -> None:
+    """Say where target_modules names an expert's projection that the model keeps in one stack with the other experts'.
+
+    transformers 5 does so with the layers of older ones: gate_proj and up_proj are gate_up_proj there.
+    """
+    wanted = config.target_modules or ()
+    named = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    named = [name for name in named if any(part in name for part in ("gate_proj", "up_proj", "down_proj"))]
+    stacks = [path for path, p in model.named_parameters() if p.dim() == 3 and ends_with(path, STACKS)]
+    left = [path for path in stacks if not ends_with(path.replace(".base_layer", ""), config.target_parameters or ())]
+    if named and left:
+        warnings.warn(
+            f"target_modules names {', '.join(named)}, but the experts of this model are stacked parameters such as "
+            f"{left[0]}, which get no adapter; target_parameters={list(STACKS)} adapts them.",
+            RuntimeWarning,
+            stacklevel=5,
         )
 
 

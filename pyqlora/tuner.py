@@ -20,7 +20,7 @@ from pyqlora.merge_check import checked
 from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
-from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_targets
+from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_experts, warn_about_targets
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.tying import Ties, tie_layers
 from pyqlora.unload import unload, untie
@@ -124,6 +124,7 @@ class LoraModel(nn.Module):
         first = not any(True for _ in self.adapted())
         ties = Ties(config, model)
         resolve_targets(config, model)
+        warn_about_experts(config, model)
         targets, excluded, missed = find_targets(config, model, state_dict, ties.targets)
         trainable = [] if first else [p for p in model.parameters() if p.requires_grad]
         for name, module in targets:

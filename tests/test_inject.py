@@ -141,3 +141,16 @@ def test_unsupported_module():
 def test_unknown_kind_leaves_dtype_alone():
     model = get_peft_model(tiny.mlp(torch.bfloat16), LoraConfig(r=2, target_modules=["up"]))
     assert model.get_base_model().up.lora_A["default"].weight.dtype == torch.float32
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(2, 4, 3))
+        self.q_proj = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "up_proj"], r".*(q_proj|gate_proj)"])
+def test_stacked_experts_that_target_modules_cannot_reach_are_said(targets):
+    with pytest.warns(RuntimeWarning, match="get no adapter; target_parameters="):
+        get_peft_model(nn.Sequential(Experts()), LoraConfig(target_modules=targets))
