@@ -51,7 +51,7 @@ FAULTS = [
     ),
     Fault("misaligned vectors", "aligned(row.p, 16) && aligned(row.g, 16)", "aligned(row.g, 16)"),
     Fault("misaligned stacked states", " && (stacked == 1 || n * state_bytes % state_align == 0)", ""),
-    Fault("norm counts elements past the end", "if (j >= n) continue;", "if (j > n) continue;"),
+    Fault("norm without the last element", "if (j >= n) continue;", "if (j + 1 >= n) continue;"),
     Fault(
         "norm of half of the lanes",
         "for (int lanes = 16; lanes; lanes /= 2) x +=",

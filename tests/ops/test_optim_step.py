@@ -82,7 +82,7 @@ def check_against_cpu(backend, rule, make, steps=2, **hyper):
 @pytest.mark.parametrize("bits", [8, 32])
 @pytest.mark.parametrize("rule", RULES)
 def test_equals_the_cpu_bit_for_bit(backend, rule, bits, dtype):
-    sizes = SIZES if backend.name in ("cpu", "emulated", "cuda") else [7, 257, 2049]
+    sizes = SIZES if backend.name in ("cpu", "emulated", "cuda") else [2049, 7, 257]
     check_against_cpu(backend, rule, lambda: make_batch(rule, bits, dtype, sizes))
 
 
@@ -95,12 +95,14 @@ def test_more_tensors_than_one_table_holds(backend, rule):
     )
 
 
+@pytest.mark.parametrize("shifted", ["params", "grads"])
 @pytest.mark.parametrize("bits", [8, 32])
-def test_misaligned_and_empty_tensors(backend, bits):
+def test_misaligned_and_empty_tensors(backend, bits, shifted):
     def make():
         batch = make_batch("ademamix", bits, torch.bfloat16, [1 + 520, 1 + 513, 0 + 1])
         for name in ("params", "grads"):
-            setattr(batch, name, [t[1:] for t in getattr(batch, name)])  # two bytes off
+            views = [t[1:] for t in getattr(batch, name)]  # two bytes off
+            setattr(batch, name, views if name == shifted else [t.clone() for t in views])
         for name in ("state1", "state2"):
             setattr(batch, name, [t[..., 1:].contiguous() for t in getattr(batch, name)])
         for name in ("absmax1", "absmax2"):
