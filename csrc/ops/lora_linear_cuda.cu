@@ -55,10 +55,18 @@ __device__ __forceinline__ Rows rows_of(const int* tiles, int64_t tile, int64_t 
     return {tile * kRows, static_cast<int>(min(m - tile * kRows, int64_t{kRows})), 0};
 }
 
+// Blocks that share a multiprocessor's registers. For sm_120 ptxas spills in the narrow kernels below 128 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kNarrowBlocks = 1;
+#else
+constexpr int kNarrowBlocks = 2;
+#endif
+constexpr int down_blocks(int column_tiles) { return column_tiles > 4 ? 1 : column_tiles == 4 ? 2 : kNarrowBlocks; }
+
 // A warp multiplies 32 rows of x with 8 · kColumnTiles rows of the factors over its steps of k; the eight warps' sums
 // meet in shared memory, as a tree. partial: [splits, m, columns], used if there are several splits.
 template <class T, int kColumnTiles>
-__global__ void __launch_bounds__(kLoraThreads, kColumnTiles <= 4 ? 2 : 1)
+__global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
     lora_down_kernel(const T* __restrict__ x, const __grid_constant__ Factors factors, const int* __restrict__ tiles,
                      DeviceDropout dropout, T* __restrict__ s, float* __restrict__ partial, int64_t m, int64_t k,
                      int columns, unsigned column_blocks, unsigned splits, bool vectors) {
@@ -70,9 +78,10 @@ __global__ void __launch_bounds__(kLoraThreads, kColumnTiles <= 4 ? 2 : 1)
     const Rows rows = rows_of(tiles, blockIdx.x / column_blocks / splits, m);
     const uint64_t key = dropout.key();
 
-    const T* x_row[4];  // past the last row that one again: what comes of it is dropped
+    const T* const x_first = x + rows.first * k;
+    int x_row[4];  // past the last row that one again: what comes of it is dropped
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x_row[i] = x + (rows.first + min(8 * i + g, rows.count - 1)) * k;
+    for (int i = 0; i < 4; ++i) x_row[i] = min(8 * i + g, rows.count - 1);
     const void* a_row[kColumnTiles];
     const int bytes = factors.dtype == DType::f32 ? 4 : 2;
 #pragma unroll
@@ -85,12 +94,11 @@ __global__ void __launch_bounds__(kLoraThreads, kColumnTiles <= 4 ? 2 : 1)
     }
 
     float sum[2][kColumnTiles][4] = {};
-    const int64_t steps = (k + kStep - 1) / kStep;
-    for (int64_t step = split * kLoraWarps + warp; step < steps; step += splits * kLoraWarps) {
-        const int64_t i = step * kStep + 8 * t;
+    for (int64_t step = int64_t{split * kLoraWarps + warp} * kStep; step < k; step += splits * kLoraWarps * kStep) {
+        const int64_t i = step + 8 * t;
         Eight a[4], b[kColumnTiles];
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = load_eight(x_row[r], i, k, vectors);
+        for (int r = 0; r < 4; ++r) a[r] = load_eight(x_first + x_row[r] * k, i, k, vectors);
 #pragma unroll
         for (int c = 0; c < kColumnTiles; ++c)
             b[c] = AnyRow(a_row[c], factors.dtype, 0).template load<T>(i, k, factors.vectors);
