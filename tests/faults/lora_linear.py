@@ -12,7 +12,7 @@ FAULTS = [
         "        __syncthreads();\n    }\n    if (warp > 0) return;",
         "    }\n    if (warp > 0) return;",
     ),
-    Fault("rows of x past the tile", "min(8 * i + g, rows.count - 1)) * k", "(8 * i + g)) * k"),
+    Fault("rows of x past the tile", "min(8 * i + g, rows.count - 1)", "8 * i + g"),
     Fault(
         "fragments of A in another order",
         "{b[c].word[half], b[c].word[half + 1]}",
@@ -29,7 +29,7 @@ FAULTS = [
     Fault("columns of y in another order", "g / 2 * 8 + 2 * j + g % 2", "8 * j + g"),
     Fault("y added where it is to be replaced", "if (accumulate) load_vector", "if (true) load_vector"),
     Fault("rows past the tile written", "if (8 * r + g >= rows.count) continue;", ""),
-    Fault("every split sums everything", "int64_t step = split * kLoraWarps + warp; step", "int64_t step = warp; step"),
+    Fault("every split sums everything", "int64_t{split * kLoraWarps + warp} * kStep", "int64_t{warp} * kStep"),
     Fault("half of the warps left out", "int half = kLoraWarps / 2; half", "int half = kLoraWarps / 4; half"),
     Fault("wrong lane's sums", "* 16 + v % 4 / 2 * 8 + g;", "* 16 + v % 2 * 8 + g;"),
     Fault("columns of y past the last", "if (column + e < n) to[e] =", "if (column + e <= n) to[e] ="),
