@@ -89,6 +89,7 @@ def test_either_reads_what_the_other_wrote(tmp_path, kind, writer):
 
 def test_loftq_adapter_with_the_base_that_it_left(tmp_path):
     """LoftQ is read as plain LoRA of the rounded base, which is to be kept: PEFT's own rounds otherwise."""
+    pytest.importorskip("scipy")  # PEFT asks for it
     options = {"target_modules": ["linear", "head"], "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
     model = get_peft_model(kinds(), LoraConfig(r=2, **options)).eval()
     tiny.randomize(model)

@@ -6,6 +6,12 @@
 
 namespace pyqlora::cuda {
 
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+constexpr int kArchitecture = 0;
+#endif
+
 template <class T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
     if constexpr (std::is_same_v<T, __half>) {

@@ -56,12 +56,9 @@ __device__ __forceinline__ Rows rows_of(const int* tiles, int64_t tile, int64_t 
 }
 
 // Blocks that share a multiprocessor's registers. For sm_120 ptxas spills in the narrow kernels below 128 registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-constexpr int kNarrowBlocks = 1;
-#else
-constexpr int kNarrowBlocks = 2;
-#endif
-constexpr int down_blocks(int column_tiles) { return column_tiles > 4 ? 1 : column_tiles == 4 ? 2 : kNarrowBlocks; }
+constexpr int down_blocks(int column_tiles) {
+    return column_tiles > 4 || (column_tiles < 4 && kArchitecture >= 1200) ? 1 : 2;
+}
 
 // A warp multiplies 32 rows of x with 8 · kColumnTiles rows of the factors over its steps of k; the eight warps' sums
 // meet in shared memory, as a tree. partial: [splits, m, columns], used if there are several splits.
