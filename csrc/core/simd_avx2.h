@@ -103,6 +103,8 @@ struct Simd {
         _mm_storeu_si128((__m128i*)packed, bytes);
     }
 
+    template <class Q>
+    struct Lookup;
     template <class T>
     struct Table;  // of float, Half or BFloat16
 
@@ -110,6 +112,39 @@ struct Simd {
     static Table<T> table(float scale) {
         const Floats s = _mm256_set1_ps(scale);
         return Table<T>(_mm256_mul_ps(_mm256_loadu_ps(Q::values), s), _mm256_mul_ps(_mm256_loadu_ps(Q::values + 8), s));
+    }
+};
+
+// A byte shuffle looks up one byte of each float; interleaving the four planes puts the floats together. That is exact,
+// and cheaper than 32-bit permutations, which go through one port where byte shuffles have two.
+template <class Q>
+struct Simd::Lookup {
+    // Register j of a decoded register of words holds the high (j < 4) or low nibbles of 4 bytes of each half.
+    static constexpr int64_t weight(int j, int lane) { return 32 * (lane / 4) + 8 * (j % 4) + 2 * (lane % 4) + j / 4; }
+
+    Ints plane[4];
+    Lookup() {
+        alignas(16) uint8_t bytes[4][16];
+        for (int i = 0; i < 16; ++i)
+            for (int b = 0; b < 4; ++b) bytes[b][i] = static_cast<uint8_t>(bit_cast<uint32_t>(Q::values[i]) >> 8 * b);
+        for (int b = 0; b < 4; ++b) plane[b] = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)bytes[b]));
+    }
+
+    // 16 codes of each half, a byte each, to four of each half in each register.
+    void look_up(Ints codes, Floats* out) const {
+        const Ints b0 = _mm256_shuffle_epi8(plane[0], codes), b1 = _mm256_shuffle_epi8(plane[1], codes);
+        const Ints b2 = _mm256_shuffle_epi8(plane[2], codes), b3 = _mm256_shuffle_epi8(plane[3], codes);
+        const Ints low0 = _mm256_unpacklo_epi8(b0, b1), low1 = _mm256_unpackhi_epi8(b0, b1);
+        const Ints high0 = _mm256_unpacklo_epi8(b2, b3), high1 = _mm256_unpackhi_epi8(b2, b3);
+        out[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low0, high0));
+        out[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low0, high0));
+        out[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low1, high1));
+        out[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low1, high1));
+    }
+    void decode(Ints words, Floats* out) const {
+        const Ints mask = _mm256_set1_epi8(15);
+        look_up(_mm256_and_si256(_mm256_srli_epi16(words, 4), mask), out);
+        look_up(_mm256_and_si256(words, mask), out + 4);
     }
 };
 
@@ -127,12 +162,6 @@ struct Simd::Table<float> {
             const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
             out[r] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
         }
-    }
-    template <int n>
-    Floats decode_nibble(Ints words) const {
-        const Ints code = _mm256_srli_epi32(words, 4 * n);
-        const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * n));
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

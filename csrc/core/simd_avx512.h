@@ -92,6 +92,11 @@ struct Simd {
         _mm_storeu_si128((__m128i*)packed, _mm256_cvtepi16_epi8(pairs));
     }
 
+    // The 16 values as they are. Of the 8 * width weights in a register of words, decode puts weight(j, lane) into that
+    // lane of its register j.
+    template <class Q>
+    struct Lookup;
+
     // A block's 16 values: code table times scale, so that decoding is a lookup and gives the rounded product exactly.
     template <class T>
     struct Table;  // of float, Half or BFloat16
@@ -99,6 +104,19 @@ struct Simd {
     template <class Q, class T>
     static Table<T> table(float scale) {
         return Table<T>(_mm512_mul_ps(_mm512_loadu_ps(Q::values), _mm512_set1_ps(scale)));
+    }
+};
+
+template <class Q>
+struct Simd::Lookup {
+    static constexpr int64_t weight(int j, int lane) { return 8 * lane + j; }
+
+    __m512 values;
+    Lookup() : values(_mm512_loadu_ps(Q::values)) {}
+
+    void decode(Ints words, Floats* out) const {
+        // The earlier weight of a byte is in its high nibble; the permutation uses the lowest 4 bits.
+        for (int j = 0; j < 8; ++j) out[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * (j ^ 1)), values);
     }
 };
 
@@ -116,11 +134,6 @@ struct Simd::Table<float> {
         const Ints shifts = _mm512_set1_epi64(4);
         out[0] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, low), shifts), values);
         out[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, high), shifts), values);
-    }
-    // The weight that lies in nibble n of each word.
-    template <int n>
-    Floats decode_nibble(Ints words) const {
-        return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * n), values);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

@@ -1,15 +1,15 @@
 // The kernels of linear_4bit over a `Simd`: linear_4bit_cpu.cpp includes this file once for each instruction set.
 
-// One row of x, for rows of W that begin with a block. A register of words holds 8 * width weights in memory order; a
-// shift and a lookup decode the same one of the eight in each word, so x is laid out to meet them: for each register of
-// words a register of every word's first weight, one of every word's second, ... zeros at the end.
+// One row of x, for rows of W that begin with a block. A register of words holds 8 * width weights in memory order, and
+// decodes to eight registers in the order that Lookup finds cheapest; x is laid out to meet them, with zeros at the
+// end.
 constexpr int64_t kWords = 8 * Simd::width;
 
 inline void spread_row(const float* x, int64_t k, float* out) {
     for (int64_t i = 0; i < k; i += kWords)
-        for (int64_t j = 0; j < 8; ++j)
-            for (int64_t lane = 0; lane < Simd::width; ++lane) {
-                const int64_t from = i + 8 * lane + j;
+        for (int j = 0; j < 8; ++j)
+            for (int lane = 0; lane < Simd::width; ++lane) {
+                const int64_t from = i + Simd::Lookup<Nf4>::weight(j, lane);
                 *out++ = from < k ? x[from] : 0.0f;
             }
 }
@@ -18,21 +18,19 @@ inline void spread_row(const float* x, int64_t k, float* out) {
 // is applied.
 template <class Q>
 float dot_spread(const float* x, int64_t k, const uint8_t* row, const float* scales, int64_t blocksize) {
-    const auto table = Simd::table<Q, float>(1.0f);
+    const Simd::Lookup<Q> lookup;
     const int log_blocksize = __builtin_ctzll(static_cast<uint64_t>(blocksize));
     const Simd::Ints block = Simd::shift_right(Simd::iota(), log_blocksize - 3);
     Simd::Floats even = Simd::zero(), odd = Simd::zero();
     auto add = [&](Simd::Ints words, int64_t i) {
+        Simd::Floats w[8];
+        lookup.decode(words, w);
         auto at = [&](int j) { return Simd::load(x + i + j * Simd::width); };
-        // The earlier weight of a byte is in its high nibble.
-        Simd::Floats a = Simd::mul(table.template decode_nibble<1>(words), at(0));
-        Simd::Floats b = Simd::mul(table.template decode_nibble<0>(words), at(1));
-        a = Simd::fma(table.template decode_nibble<3>(words), at(2), a);
-        b = Simd::fma(table.template decode_nibble<2>(words), at(3), b);
-        a = Simd::fma(table.template decode_nibble<5>(words), at(4), a);
-        b = Simd::fma(table.template decode_nibble<4>(words), at(5), b);
-        a = Simd::fma(table.template decode_nibble<7>(words), at(6), a);
-        b = Simd::fma(table.template decode_nibble<6>(words), at(7), b);
+        Simd::Floats a = Simd::mul(w[0], at(0)), b = Simd::mul(w[4], at(4));
+        for (int j = 1; j < 4; ++j) {
+            a = Simd::fma(w[j], at(j), a);
+            b = Simd::fma(w[j + 4], at(j + 4), b);
+        }
         const Simd::Floats scale = Simd::spread(scales + (i >> log_blocksize), block);
         even = Simd::fma(a, scale, even);
         odd = Simd::fma(b, scale, odd);
