@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
+from pyqlora.experts import stack_weights
 from pyqlora.lora_layer import PARAMETER_DICTS, LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
@@ -187,19 +189,16 @@ def set_peft_model_state_dict(
         RuntimeError: shapes differ; all that do are listed.
     """
     keys = file_keys(model, adapter_name)
+    expected = list(keys.values())
     own_state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     all_state = model.state_dict()
     prefixed = any(name.startswith(PREFIX) for name in own_state)
-    placed: dict[str, Tensor] = {}
-    unexpected = []
-    for key, value in peft_model_state_dict.items():
-        key = key if prefixed else key.removeprefix(PREFIX)
-        own = keys.get(key, key if key in all_state else None)
-        if own is None:
-            unexpected.append(key)
-        else:
-            placed[own] = value
-    missing = [own for own in keys.values() if own not in placed]
+    weights = {key if prefixed else key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
+    keys = {**{key: key for key in all_state}, **keys}
+    weights = _by_own_names(model, weights, keys, PREFIX if prefixed else "")
+    placed = {keys[key]: value for key, value in weights.items() if key in keys}
+    unexpected = [key for key in weights if key not in keys]
+    missing = [own for own in expected if own not in placed]
     misshapen = [
         (key, tuple(value.shape), tuple(all_state[key].shape))
         for key, value in placed.items()
@@ -225,6 +224,19 @@ def set_peft_model_state_dict(
             if isinstance(module, LoraLayer):
                 module.move_adapter(adapter_name)
     return LoadResult(missing, unexpected, misshapen)
+
+
+def _by_own_names(
+    model: nn.Module, weights: dict[str, Tensor], places: Collection[str], prefix: str
+) -> dict[str, Tensor]:
+    """The weights, those among them that have no place by the names that transformers gives to an older checkpoint."""
+    strange = {key.removeprefix(prefix): value for key, value in weights.items() if key not in places}
+    if not strange:
+        return weights
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = {key.removeprefix(prefix) for key in places}
+    renamed = {prefix + key: value for key, value in stack_weights(base, strange, known).items()}
+    return {**{key: value for key, value in weights.items() if key in places}, **renamed}
 
 
 def save_adapter(weights: dict[str, Tensor], directory: str) -> str:

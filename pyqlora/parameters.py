@@ -45,8 +45,12 @@ class ParamWrapper(LoraLayer):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
         for field in ("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora"):
-            if value := getattr(config, field):
-                raise ValueError(f"lora.{type(self).__name__} does not work with {field}={value}.")
+            if (value := getattr(config, field)) and not (field == "lora_dropout" and config.inference_mode):
+                raise ValueError(
+                    f"lora.{type(self).__name__} does not work with {field}={value}. {self.parameter_name} is adapted "
+                    "as a parameter, whose update has no input of its own: leave the setting out, or the parameter "
+                    "with exclude_modules."
+                )
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
@@ -125,14 +129,15 @@ def find_parameters(config: LoraConfig, model: nn.Module) -> list[str]:
     found = []
     for path, module in model.named_modules():
         path = path.replace(".base_layer", "")
-        for name, parameter in _own_parameters(module):
+        for name, parameter in own_parameters(module):
             full_name = f"{path}.{name}" if path else name
             if ends_with(full_name, config.target_parameters or ()) and id(parameter) not in adapters:
                 found.append(full_name)
     return found
 
 
-def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, parameter) of those that a module holds itself, parametrized ones too."""
     yield from module.named_parameters(recurse=False)
     yield from getattr(module, "parametrizations", {}).items()
 

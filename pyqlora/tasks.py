@@ -165,16 +165,14 @@ def get_peft_model(
         model: any torch module; a quantized one after `prepare_model_for_kbit_training`.
         peft_config: which layers, what rank, …; its task_type chooses the class of the result.
         adapter_name: what to call the adapter.
-        mixed: adapters of several methods in one model, which pyqlora does not have.
+        mixed: in PEFT, that adapters of several methods may follow; here all are LoRA, in a PeftModel like any other.
         autocast_adapter_dtype: keep the adapter in float32 where the base model is in half precision.
         revision: the base model's revision, noted in the config.
         low_cpu_mem_usage: make the adapter on the meta device, for weights that are loaded next.
 
     Raises:
-        ValueError: the config fits no module of the model (the message names the nearest), or mixed=True.
+        ValueError: the config fits no module of the model (the message names the nearest).
     """
-    if mixed:
-        raise ValueError("get_peft_model(mixed=True): pyqlora adapts models with LoRA only, there is nothing to mix")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
@@ -198,5 +196,5 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config.revision = revision
-    kind = TASK_MODELS.get(peft_config.task_type, PeftModel)
+    kind = PeftModel if mixed else TASK_MODELS.get(peft_config.task_type, PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pyqlora.auxiliary import ModulesToSaveWrapper, wrap_modules_to_save
 from pyqlora.config import LoraConfig, PeftConfig
 from pyqlora.encoder import call_layers
+from pyqlora.experts import target_stacks
 from pyqlora.inject import no_match_error, pattern_value, resolve_targets
 from pyqlora.kinds import make_layer
 from pyqlora.lora_layer import LoraLayer
@@ -116,6 +117,7 @@ class LoraModel(nn.Module):
                 stacklevel=4,
             )
         config = self.peft_config[adapter_name]
+        target_stacks(config, model)
         self._check_new_config(config)
         if config.layer_replication:
             if len(self.peft_config) > 1:

@@ -67,7 +67,7 @@ def test_a_name_has_one_object(installed, module, name, same):
 
 def test_versions_and_availability(installed):
     assert importlib.metadata.version("bitsandbytes") == importlib.import_module("bitsandbytes").__version__ == "0.50.2"
-    assert importlib.metadata.metadata("peft")["Version"] == importlib.import_module("peft").__version__ == "0.21.2"
+    assert importlib.metadata.metadata("peft")["Version"] == importlib.import_module("peft").__version__ == "0.22.0"
     imports = pytest.importorskip("transformers.utils.import_utils")
     assert imports.is_bitsandbytes_available() and imports.is_peft_available()
     accelerate = pytest.importorskip("accelerate.utils")
@@ -209,7 +209,7 @@ def test_a_script_runs_unchanged(tmp_path):
         "print(__name__, sys.argv[1:], bitsandbytes.nn.Linear4bit.__module__, peft.__version__, beside.VALUE)\n"
     )
     result = run("-m", "pyqlora.compat", str(script), "--a", "1")
-    assert result.stdout == "__main__ ['--a', '1'] pyqlora.nn.linear4bit 0.21.2 7\n", result.stderr
+    assert result.stdout == "__main__ ['--a', '1'] pyqlora.nn.linear4bit 0.22.0 7\n", result.stderr
 
 
 def test_the_command_says_what_is_missing(tmp_path):

@@ -9,10 +9,11 @@ from pyqlora import inject
 from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
+from pyqlora.model import PeftModel
 from pyqlora.tuner import LoraModel
 
 NAME = "peft"
-VERSION = "0.21.2"
+VERSION = "0.22.0"  # the least that transformers 5.24 takes, which has no release yet; files are those of 0.21
 
 
 # Methods other than LoRA, and LoRA's variants that are configured by a class of their own. Their configs can be made,
@@ -39,7 +40,7 @@ _REFUSED = (
         name: refused_class(name, _refusal(name))
         for name in [
             *(f"{method}Model" for method in _METHODS),
-            *("CPTEmbedding", "PeftMixedModel", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
+            *("CPTEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"),
         ]
     }
     | {
@@ -64,7 +65,12 @@ _CONSTANTS = {
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": inject.DEFAULT_TARGETS,
     "WEIGHTS_NAME": "adapter_model.bin",
 }
-_BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": UserWarning}
+_BASES = {
+    "BaseTuner": LoraModel,
+    "BaseTunerLayer": LoraLayer,
+    "PeftWarning": UserWarning,
+    "PeftMixedModel": PeftModel,  # of whose methods LoRA is the only one here
+}
 
 
 def _transformers_at_least(*wanted: int) -> bool:

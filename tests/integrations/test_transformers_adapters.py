@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -94,3 +95,31 @@ def test_adapters_on_a_transformers_model(tmp_path):
     command = [sys.executable, "-m", "pyqlora.compat", "script.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+OLD_SCRIPT = """
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("base")
+found = model.load_adapter("old")
+assert not found.missing_keys and not found.unexpected_keys and not found.mismatched_keys, found
+with torch.no_grad():
+    torch.save(model(torch.load("ids")).logits, "logits")
+"""
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_an_adapter_of_experts_from_transformers_4(tmp_path, kind):
+    pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 does not stack experts")
+    import test_experts
+
+    weights = test_experts.old_adapter(kind, tmp_path / "old")
+    test_experts.base(kind).save_pretrained(tmp_path / "base")
+    torch.save(test_experts.IDS, tmp_path / "ids")
+    (tmp_path / "script.py").write_text(OLD_SCRIPT)
+    command = [sys.executable, "-m", "pyqlora.compat", "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = test_experts.logits(test_experts.updated(kind, weights))
+    test_experts.close(torch.load(tmp_path / "logits"), expected)
