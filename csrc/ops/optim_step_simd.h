@@ -72,10 +72,6 @@ struct Scalar {
     static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
         for (int64_t i = 0; i < n; ++i) q[i] = codes(x[i] * factor);
     }
-    // index[i] = table[index[i]]. Never as gather instructions, which microcode has made slow on many CPUs.
-    [[gnu::noinline]] static void look_up(const uint32_t* table, uint32_t* index, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) index[i] = table[index[i]];
-    }
 };
 
 #if defined(PYQLORA_X86)
@@ -103,6 +99,7 @@ struct Avx2 {
         convert(from + i, to + i, n - i);
     }
     static float absmax(const float* x, int64_t n) { return largest_magnitude(x, n); }
+    // Scalar look-ups: gather instructions have been made slow by microcode on many CPUs.
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
         const float* map = codes.map;
         int64_t i = 0;
@@ -114,32 +111,63 @@ struct Avx2 {
         Scalar::decode(codes, q + i, absmax, x + i, n - i);
     }
     static void encode(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
+        codes.sign ? encode32<true>(codes, x, factor, q, n) : encode32<false>(codes, x, factor, q, n);
+        const int64_t whole = n / 32 * 32;
+        if (whole < n) Scalar::encode(codes, x + whole, factor, q + whole, n - whole);
+    }
+
+  private:
+    // See StateCodes::Regions. On the signed map the arithmetic gives minus the distance from zero's code, so that
+    // saturation cuts 128, which the negative side does not have.
+    template <bool sign>
+    static void encode32(const StateCodes& codes, const float* x, float factor, uint8_t* q, int64_t n) {
+        using Regions = StateCodes::Regions;
+        const Regions& regions = codes.regions;
+        auto load = [](const auto* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
+        const __m256i nexts = load(regions.next), lasts = load(regions.last);
+        const __m256 slopes = _mm256_loadu_ps(regions.slope), starts = _mm256_loadu_ps(regions.start);
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), lowest = _mm256_set1_epi32(StateCodes::lowest);
-        const __m256i highest = _mm256_set1_epi32(StateCodes::highest);
-        const __m256i mask = _mm256_set1_epi32((1 << codes.shift) - 1);
-        const __m256i negative_table = _mm256_set1_epi32(codes.sign ? codes.buckets : 0);
-        const __m128i shift = _mm_cvtsi32_si128(codes.shift);
-        alignas(32) uint32_t entry[kStateBlock], low[kStateBlock];
-        auto at = [](uint32_t* x) { return reinterpret_cast<__m256i*>(x); };
-        const int64_t whole = n / 8 * 8;
-        for (int64_t i = 0; i < whole; i += 8) {
-            const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor));
-            const __m256i bits = _mm256_castps_si256(y);
-            __m256i a = _mm256_max_epi32(_mm256_and_si256(bits, magnitude), lowest);
-            a = _mm256_sub_epi32(_mm256_min_epi32(a, highest), lowest);
-            const __m256i negative = codes.sign ? _mm256_srai_epi32(bits, 31) : _mm256_setzero_si256();
-            const __m256i bucket = _mm256_srl_epi32(a, shift), offset = _mm256_and_si256(negative, negative_table);
-            _mm256_store_si256(at(entry + i), _mm256_add_epi32(bucket, offset));
-            _mm256_store_si256(at(low + i), _mm256_and_si256(_mm256_xor_si256(a, negative), mask));
+        const __m256 log_scale = _mm256_set1_ps(Regions::scale), log_offset = _mm256_set1_ps(Regions::offset);
+        const __m256 scale = _mm256_set1_ps(sign ? -factor : factor);
+        for (int64_t i = 0; i + 32 <= n; i += 32) {
+            // Step by step over four registers: the chain of one is too long to leave its overlap to the processor.
+            __m256i y[4], a[4], region[4], rank[4], nearest = _mm256_set1_epi32(-1);
+            for (int r = 0; r < 4; ++r) {
+                y[r] = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * r), scale));
+                a[r] = _mm256_max_epi32(sign ? _mm256_and_si256(y[r], magnitude) : y[r], lowest);
+            }
+            for (int r = 0; r < 4; ++r) {
+                const __m256 log = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a[r]), log_scale, log_offset);
+                region[r] = _mm256_cvttps_epi32(log);  // or the one below
+            }
+            for (int r = 0; r < 4; ++r) {
+                const __m256i next = _mm256_permutevar8x32_epi32(nexts, region[r]);
+                region[r] = _mm256_sub_epi32(region[r], _mm256_cmpgt_epi32(a[r], next));
+            }
+            for (int r = 0; r < 4; ++r) {
+                const __m256 slope = _mm256_permutevar8x32_ps(slopes, region[r]);
+                const __m256 start = _mm256_permutevar8x32_ps(starts, region[r]);
+                rank[r] = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_castsi256_ps(a[r]), slope, start));
+                nearest = _mm256_min_epu16(nearest, rank[r]);
+            }
+            for (int r = 0; r < 4; ++r) {
+                rank[r] = _mm256_min_epi32(rank[r], _mm256_permutevar8x32_epi32(lasts, region[r]));
+                rank[r] = _mm256_srli_epi32(rank[r], Regions::point);
+                if (sign) rank[r] = _mm256_sign_epi32(rank[r], y[r]);
+            }
+            const __m256i low = sign ? _mm256_packs_epi32(rank[0], rank[1]) : _mm256_packus_epi32(rank[0], rank[1]);
+            const __m256i high = sign ? _mm256_packs_epi32(rank[2], rank[3]) : _mm256_packus_epi32(rank[2], rank[3]);
+            // Packing works in 128-bit lanes; the permutation puts the groups of four back in order.
+            __m256i code = sign ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
+            code = _mm256_permutevar8x32_epi32(code, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            if (sign) code = _mm256_sub_epi8(_mm256_set1_epi8(static_cast<char>(codes.zero)), code);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), code);
+            // Too near a midpoint to tell by arithmetic: about one value in two thousand.
+            const __m256i fraction = _mm256_and_si256(nearest, _mm256_set1_epi32((1 << Regions::point) - 1));
+            const __m256i unsure = _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * Regions::margin), fraction);
+            for (unsigned left = _mm256_movemask_ps(_mm256_castsi256_ps(unsure)); left; left &= left - 1)
+                for (int64_t at = i + __builtin_ctz(left), r = 0; r < 4; ++r, at += 8) q[at] = codes(x[at] * factor);
         }
-        Scalar::look_up(codes.table.data(), entry, whole);
-        for (int64_t i = 0; i < whole; i += 8) {
-            const __m256i sum = _mm256_add_epi32(_mm256_load_si256(at(entry + i)), _mm256_load_si256(at(low + i)));
-            const __m256i code = _mm256_srl_epi32(sum, shift);
-            const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(q + i), _mm_packus_epi16(words, words));
-        }
-        Scalar::encode(codes, x + whole, factor, q + whole, n - whole);
     }
 };
 PYQLORA_TARGET_END

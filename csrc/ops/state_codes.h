@@ -7,9 +7,9 @@
 // and adding the remaining low bits of y carries into the code exactly when y lies above the midpoint.
 // Negative y run the other way: their low bits are inverted, and their buckets have a table of their own.
 //
-// Where registers are wide enough to hold them, `Decades` gives the same code without a memory access: within a decade
-// of the map the codes are evenly spaced, so the rank of |y| above zero is floor(|y| * slope + start), exact but for
-// values next to a midpoint, which are seen by their fraction and looked up in the table.
+// In vector registers `Decades` and `Regions` give the same code without a memory access: within a decade of the map
+// the codes are evenly spaced, so the rank of |y| above zero is floor(|y| * slope + start), exact but for values next
+// to a midpoint, which are seen by their fraction and looked up in the table.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -52,7 +52,7 @@ class StateCodes {
             const uint32_t first = lowest + (b << shift);
             table[buckets + b] = entry(-as_float(first + last), -as_float(first), next);
         }
-        fill_decades();
+        fill_regions(fill_decades());
         for (int i = 0; i < 256; ++i)
             for (int b = 0; b < 4; ++b) map_bytes[b][i] = static_cast<uint8_t>(bit_cast<uint32_t>(map[i]) >> 8 * b);
     }
@@ -74,6 +74,19 @@ class StateCodes {
         float slope[16] = {}, start[16] = {}, last[16] = {};  // last: the largest floor in a region, plus a half
     };
 
+    // The same in fixed point, with regions 0 and 8 in one entry: eight fit into a register of eight. The logarithm of
+    // |y|, read off its bits, guesses the region or the one below.
+    struct Regions {
+        static constexpr int point = 16, margin = 1 << 4;          // margin: what the arithmetic may be off by
+        static constexpr float scale = 0x1p-23f * 0.30103f;        // log10(2)
+        static constexpr float offset = 7.4f - 127.0f * 0.30103f;  // guesses r from 0.4 * 10^(r - 7) up
+        int32_t next[8] = {};                                      // the largest float below the region after this one
+        float slope[8] = {}, start[8] = {};                        // of the rank plus the margin
+        int32_t last[8] = {};
+
+        int guess(float y) const { return static_cast<int>(static_cast<float>(bit_cast<int32_t>(y)) * scale + offset); }
+    };
+
     const float* map;
     bool sign;
     int shift;
@@ -81,6 +94,7 @@ class StateCodes {
     std::vector<uint32_t> table;
     int zero;  // the code of 0
     Decades decades;
+    Regions regions;
     alignas(64) uint8_t map_bytes[4][256];  // each byte of the map's floats, for lookups by byte
 
   private:
@@ -101,10 +115,11 @@ class StateCodes {
         return (next << shift) + (1u << shift) - std::abs(distance);
     }
 
-    void fill_decades() {
+    // Returns the smallest value of regions 1 to 8.
+    std::array<float, 8> fill_decades() {
         zero = code(0.0f);
         decades.start[0] = decades.last[0] = 0.5f;
-        std::array<float, 8> splits;  // the smallest value of regions 1 to 8
+        std::array<float, 8> splits;
         int rank = 1;
         for (int d = 1; d <= 7; ++d) {
             const int cells = (sign ? 1 : 2) << (d - 1);
@@ -131,6 +146,29 @@ class StateCodes {
             if (split != splits.end() && bit_cast<uint32_t>(*split) >> 23 == exponent)
                 region += (1u << 23) - (bit_cast<uint32_t>(*split) & 0x7fffffu);
         }
+        return splits;
+    }
+
+    void fill_regions(const std::array<float, 8>& splits) {
+        constexpr float one = 1 << Regions::point;
+        for (int r = 0; r < 8; ++r) {
+            regions.next[r] = bit_cast<int32_t>(splits[r]) - 1;
+            regions.slope[r] = decades.slope[r] * one;
+            regions.start[r] = decades.start[r] * one + Regions::margin;
+            regions.last[r] = static_cast<int32_t>(decades.last[r] * one);
+            const int below = regions.guess(std::nextafter(splits[r], 0.0f)), from = regions.guess(splits[r]);
+            if (below < std::max(r - 1, 0) || below > r || from < r || from > std::min(r + 1, 7)) unsupported();
+        }
+        // Region 0 has values of next to nothing, region 8 values of nearly 1.
+        if (sign) {
+            // The one cell of region 1 is stretched to its ends, and begins a float early, which may be a tie.
+            regions.slope[1] = one / (splits[1] - splits[0]);
+            regions.start[1] = one + Regions::margin - splits[0] * regions.slope[1];
+            --regions.next[0];
+        }
+        const float top = decades.start[8] - 0.5f;
+        regions.slope[0] = (top + 0.25f) * one;
+        regions.last[0] = static_cast<int32_t>((top + 0.5f) * one);
     }
 
     [[noreturn]] void unsupported() const {
