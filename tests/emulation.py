@@ -148,7 +148,7 @@ class _Memory:
         self.pointers.append(pointer)
         buffer = (ctypes.c_uint8 * host.nbytes).from_address(pointer + shift)
         copy = torch.frombuffer(buffer, dtype=torch.uint8).view(host.dtype).view(host.shape)
-        if getattr(host, "_fresh", None) != host._version:
+        if not hasattr(host, "_fresh") or host._fresh != host._version:
             copy.copy_(host.detach())
             self.module.written_by_host(pointer + shift, host.nbytes)
         return copy
@@ -172,7 +172,8 @@ def fresh_outputs():
         @functools.wraps(allocate)
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
-            tensor._fresh = tensor._version
+            if not tensor.is_inference():  # those have no version
+                tensor._fresh = tensor._version
             return tensor
 
         return wrapper

@@ -158,7 +158,11 @@ def test_lora_down_and_up(adapters, dtype, rank):
     b = [torch.randn(K, rank).to(dtype) for _ in range(adapters)]
     tiles = lora_linear_cuda.tiles_of((0, 2, 1), 22, x.device) if adapters > 1 else None
     s = []
-    totals = counted(lambda: s.append(lora_linear_cuda.down(x, a, [1.0] * adapters, tiles)))
+    scales = [1.0] * adapters
+    if tiles is None:
+        totals = counted(lambda: s.extend(lora_linear_cuda.down(x, a, scales)))
+    else:
+        totals = counted(lambda: s.append(lora_linear_cuda.down_rows(x, a, scales, tiles)))
     assert ratio(totals, "device", "load", 16) < factor_ratio(dtype)
     assert max(ratio(totals, "shared", "load"), ratio(totals, "shared", "store")) < CLOSE
     assert ratio(totals, "device", "store") < 2.01  # sums: a fragment's neighbours are two apart, in two requests
@@ -172,18 +176,16 @@ def test_lora_down_and_up(adapters, dtype, rank):
 def test_lora_backward(dtype, rank):
     dy, s = torch.randn(64, K, dtype=torch.bfloat16), torch.randn(64, rank, dtype=torch.bfloat16)
     b, a = torch.randn(K, rank).to(dtype), torch.randn(rank, K).to(dtype)
-    for run, transposes in (
-        (lambda: lora_linear_cuda.backward(dy, b, s, 1.0), True),
-        (lambda: lora_linear_cuda.backward_a(dy, a, s, None, 0.0), False),
+    for run in (
+        lambda: lora_linear_cuda.backward(dy, b, s, 1.0),
+        lambda: lora_linear_cuda.backward_a(dy, a, s, None, 0.0),
     ):
         totals = counted(run)
         assert ratio(totals, "device", "load", 16) < CLOSE  # dy, twice: once from memory
         assert max(ratio(totals, "shared", "load"), ratio(totals, "shared", "store")) < CLOSE
-        # The sums' parts: eight floats of a lane are two requests for the same sectors.
-        assert ratio(totals, "device", "store", 16) < 2.01
+        # The sums' parts, and dB, eight ranks of a lane: eight floats are two requests for the same sectors.
+        assert ratio(totals, "device", "store", 16) < 2.01 and store_width(totals) == 16
         # s and B by elements, eight of a rank's row side by side, which is half a sector; both stay in the caches.
         assert max(ratio(totals, "device", "load", width) for width in (2, 4)) < 2.01
-        # dB is the transposed sum of its parts, in which a lane's neighbour is a row further: N r elements, written
-        # once and joined by the L2 cache, next to the M N of dy.
-        if not transposes:
-            assert ratio(totals, "device", "store", dtype.itemsize) < CLOSE
+        # What is left: dS or dA by elements, side by side; dS's parts, two of a lane.
+        assert ratio(totals, "device", "store", 2) < CLOSE and ratio(totals, "device", "store", 4) < 2.01

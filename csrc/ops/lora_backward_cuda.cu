@@ -152,13 +152,15 @@ void lora_backward(const LoraBackwardArgs& a, void* stream) {
         };
         if (a.b.defined()) {
             ranks(std::true_type{});
-            if (m) sum_parts<T>(op, a.ds_parts, a.ds, rank, false, stream);
+            if (m) sum_parts<T>(op, a.ds_parts, a.ds, stream);
         } else {
             ranks(std::false_type{});
         }
     });
     dispatch_float<__half, __nv_bfloat16>(a.db.dtype, [&](auto tag) {
-        sum_parts<typename decltype(tag)::type>(op, a.db_parts, a.db, n, !a.transposed, stream);
+        using T = typename decltype(tag)::type;
+        if (a.transposed) return sum_parts<T>(op, a.db_parts, a.db, stream);
+        sum_parts_transposed<T>(op, a.db_parts, a.db, n, stream);
     });
 }
 

@@ -8,9 +8,9 @@
 // x and dy are 16-bit (but for dropout), factors (A [rank, k], B [n, rank]) any float; sums are float32. The CPU has
 // the first only: there torch multiplies.
 //
-// down and up take several factors. Without `tiles` down stacks them: their columns of s follow one another, for
-// projections that share x. With `tiles`, i32 [count, 3] of (first row, rows <= 32, factor or -1 for none), every row
-// is of one tile and has its own factor, from column 0 on: a batch of several adapters.
+// down and up take several factors. Without `tiles` down stacks them, for projections that share x: s holds a matrix
+// [m, rank] for each, one after the other. With `tiles`, i32 [count, 3] of (first row, rows <= 32, factor or -1 for
+// none), every row is of one tile and has its own factor, from column 0 on: a batch of several adapters.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -62,8 +62,8 @@ struct LoraDownArgs {
     std::vector<float> scales;  // one for each factor
     TensorRef tiles;            // or None
     Dropout dropout;
-    TensorRef s;          // x's dtype [m, columns], out
-    TensorRef workspace;  // f32 [splits, m, columns], or None for one split
+    TensorRef s;          // x's dtype [m, columns], or stacked, out
+    TensorRef workspace;  // f32 [splits, m * columns], or None for one split
 
     int64_t m() const { return x.numel / a.length; }
     int64_t columns() const { return tiles.defined() ? a.widest() : a.stacked(); }
@@ -220,7 +220,8 @@ void lora_down(const LoraDownArgs& a, void* stream);
 void lora_up(const LoraUpArgs& a, void* stream);
 void lora_backward(const LoraBackwardArgs& a, void* stream);
 // Into how many parts lora_down splits its sum over k, and lora_backward the rows, to give every multiprocessor work.
-int64_t lora_down_splits(int64_t tiles, int64_t columns, int64_t k, int64_t multiprocessors);
+// The first does not depend on the factors: one gives the same bits alone and stacked with others.
+int64_t lora_down_splits(int64_t tiles, int64_t k, int64_t multiprocessors);
 int64_t lora_backward_chunks(int64_t m, int64_t n, int64_t multiprocessors);
 }  // namespace cuda
 

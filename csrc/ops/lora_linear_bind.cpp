@@ -51,7 +51,7 @@ void bind_products(py::module_& m) {
         },
         "dy"_a, "b"_a, "s"_a, "scale"_a, "seed"_a, "dropout"_a, "ds"_a, "db"_a, "transposed"_a, "ds_parts"_a,
         "db_parts"_a, "n"_a, "context"_a);
-    m.def("lora_down_splits", &cuda::lora_down_splits, "tiles"_a, "columns"_a, "k"_a, "multiprocessors"_a);
+    m.def("lora_down_splits", &cuda::lora_down_splits, "tiles"_a, "k"_a, "multiprocessors"_a);
     m.def("lora_backward_chunks", &cuda::lora_backward_chunks, "m"_a, "n"_a, "multiprocessors"_a);
     m.def("lora_backward_column_blocks", [](int64_t n) { return ceil_div(n, LoraBackwardArgs::columns); }, "n"_a);
 }

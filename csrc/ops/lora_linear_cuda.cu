@@ -61,7 +61,7 @@ constexpr int down_blocks(int column_tiles) {
 }
 
 // A warp multiplies 32 rows of x with 8 · kColumnTiles rows of the factors over its steps of k; the eight warps' sums
-// meet in shared memory, as a tree. partial: [splits, m, columns], used if there are several splits.
+// meet in shared memory, as a tree. partial: [splits, m * columns], used if there are several splits.
 template <class T, int kColumnTiles>
 __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
     lora_down_kernel(const T* __restrict__ x, const __grid_constant__ Factors factors, const int* __restrict__ tiles,
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
         const int f = tiles ? rows.factor : factor_of(factors, column);
         const float value =
             f < 0 ? 0.0f : sum[v / (4 * kColumnTiles)][v / 4 % kColumnTiles][v % 4] * factors.at[f].scale;
-        const int64_t at = (rows.first + row) * columns + column;
+        const int first = tiles ? 0 : factors.at[f].first, width = tiles ? columns : factors.at[f].rank;
+        const int64_t at = first * m + (rows.first + row) * width + column - first;
         if (splits > 1)
             partial[split * m * columns + at] = value;
         else
@@ -284,7 +285,7 @@ void lora_down(const LoraDownArgs& a, void* stream) {
                    a.s.as<T>(), a.workspace.as<float>(), a.m(), a.a.length, static_cast<int>(columns),
                    static_cast<unsigned>(column_blocks), static_cast<unsigned>(splits), vectors);
         });
-        if (splits > 1) sum_parts<T>(op, a.workspace, a.s, columns, false, stream);
+        if (splits > 1) sum_parts<T>(op, a.workspace, a.s, stream);
     });
 }
 
@@ -302,10 +303,9 @@ void lora_up(const LoraUpArgs& a, void* stream) {
     });
 }
 
-int64_t lora_down_splits(int64_t tiles, int64_t columns, int64_t k, int64_t multiprocessors) {
-    const int64_t blocks = tiles * dispatch_columns(columns, [&](auto t) { return ceil_div(columns, 8 * t); });
+int64_t lora_down_splits(int64_t tiles, int64_t k, int64_t multiprocessors) {
     return std::max<int64_t>(
-        1, std::min(2 * multiprocessors / std::max<int64_t>(1, blocks), ceil_div(k, kStep) / kLoraWarps));
+        1, std::min(2 * multiprocessors / std::max<int64_t>(1, tiles), ceil_div(k, kStep) / kLoraWarps));
 }
 
 }  // namespace pyqlora::cuda

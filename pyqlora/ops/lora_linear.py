@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pyqlora.ops import backend
 from pyqlora.ops import lora_linear_cuda as kernels
+from pyqlora.ops import lora_shared_cuda as shared
 from pyqlora.ops.backend import is_plain, native
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
@@ -93,7 +94,7 @@ def down(x: Tensor, a: Tensor, scaling: float, dropout: float, seed: Tensor | No
     """h = scaling · drop(x)·Aᵀ [M, r] in `dtype`; here drop also scales."""
     rows, scale = x.reshape(-1, x.shape[-1]), scaling / (1.0 - dropout)
     if x.dtype == dtype and kernels.serves(x):
-        return kernels.down(rows, [a], [scale], None, seed, dropout)
+        return kernels.down(rows, [a], [scale], seed, dropout)[0] if seed is not None else shared.down(x, a, scale)
     return torch.mm(dropped(rows, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
 
 
@@ -118,7 +119,7 @@ def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a
         if need_b:
             gb, db = kernels.backward(g, b, h, scale)
         elif need_x or need_a:
-            gb = kernels.down(g, [b.t()], [scale])
+            (gb,) = kernels.down(g, [b.t()], [scale])
         if need_a:
             da = kernels.backward_a(rows.contiguous(), a, gb, seed, dropout)
         if need_x:

@@ -29,25 +29,29 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def down(
-    x: Tensor,
-    a: list[Tensor],
-    scales: list[float],
-    tiles: Tensor | None = None,
-    seed: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """scale · drop(x)·Aᵀ [M, columns] of x [M, K] and factors [r, K].
+    x: Tensor, a: list[Tensor], scales: list[float], seed: Tensor | None = None, dropout: float = 0.0
+) -> list[Tensor]:
+    """scale · drop(x)·Aᵀ [M, r] for each of the factors [r, K], from one pass over x [M, K].
 
-    Without tiles the factors' columns follow one another, from one pass over x; with tiles (see `tiles_of`) every row
-    has those of its own adapter, and zeros behind them. The dropped x is not scaled.
+    A factor gives the same bits alone and with others. The dropped x is not scaled.
     """
-    k = x.shape[-1]
-    columns = (max if tiles is not None else sum)(len(factor) for factor in a)
+    m, ranks = x.numel() // x.shape[-1], [len(factor) for factor in a]
+    s = _down(x, a, scales, None, seed, dropout, x.new_empty(m * sum(ranks)), -(-m // TILE_ROWS))
+    return [part.view(m, rank) for part, rank in zip(s.split([m * rank for rank in ranks]), ranks, strict=True)]
+
+
+def down_rows(x: Tensor, a: list[Tensor], scales: list[float], tiles: Tensor) -> Tensor:
+    """scale · x·Aᵀ [M, widest rank] of x [M, K]: every row by the factor [r, K] of its tile (see `tiles_of`), and zeros
+    behind its columns."""
+    s = x.new_empty((x.numel() // x.shape[-1], max(map(len, a))))
+    return _down(x, a, scales, tiles, None, 0.0, s, len(tiles))
+
+
+def _down(x, a, scales, tiles, seed, dropout, s, count) -> Tensor:
     module, context = native(x)
-    s = x.new_empty((x.numel() // k, columns))
-    count = -(-len(s) // TILE_ROWS) if tiles is None else len(tiles)
-    splits = module.lora_down_splits(count, columns, k, gpu_of(x.device)[1])
-    workspace = x.new_empty((splits, *s.shape), dtype=torch.float32) if splits > 1 and s.numel() else None
+    k = x.shape[-1]
+    splits = module.lora_down_splits(count, k, gpu_of(x.device)[1])
+    workspace = x.new_empty((splits, s.numel()), dtype=torch.float32) if splits > 1 and s.numel() else None
     a = [factor.contiguous() for factor in a]
     module.lora_down(x.contiguous(), a, k, scales, tiles, seed, dropout, s, workspace, context)
     return s

@@ -33,7 +33,7 @@ def _by_tiles(base, x, a, b, scalings, adapters):
         there = range(first, first + len(a[these]))
         local = tuple(adapter - first if adapter in there else -1 for adapter in adapters)
         tiles = kernels.tiles_of(local, len(rows) // len(adapters), x.device)
-        s = kernels.down(rows, a[these], scalings[these], tiles)
+        s = kernels.down_rows(rows, a[these], scalings[these], tiles)
         kernels.up(s, b[these], out, tiles)
     return y
 

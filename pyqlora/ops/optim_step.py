@@ -120,3 +120,5 @@ def optim_step(
         max_unorm,
         context,
     )
+    for param in batch.params:
+        torch.autograd.graph.increment_version(param)  # for whoever kept it: autograd, lora_shared_cuda

@@ -4,6 +4,7 @@ from faults import Fault
 
 SOURCE = "ops/lora_backward_cuda.cu"
 TESTS = "ops/test_lora_linear_cuda.py"
+COMMON = "ops/lora_linear_cuda.cuh"
 
 FAULTS = [
     Fault("missing barrier before the warps' sums are read", "            __syncthreads();\n", ""),
@@ -19,4 +20,11 @@ FAULTS = [
     Fault("wrong lane's rows of s", "row = row0 + t + i / 2 * 8;", "row = row0 + t + i % 2 * 8;"),
     Fault("last warp's sums left out", "w < kLoraWarps; ++w", "w < kLoraWarps - 1; ++w"),
     Fault("db past the last column", "if (column + c < n) to[c] = v[c];", "if (column + c <= n) to[c] = v[c];"),
+    # dB's sum of parts
+    Fault("first part of dB alone", "parts + (part * rows + row0) * columns", "parts + row0 * columns", COMMON),
+    Fault("dB's last ranks left out", "if (row0 >= rows) return;", "if (row0 + kVector > rows) return;", COMMON),
+    Fault("dB's ranks past the last", "if (row0 + e < rows) to[e]", "if (row0 + e <= rows) to[e]", COMMON),
+    Fault("dB's ranks read past the last", "row0 + e < rows ? __ldg", "true ? __ldg", COMMON),
+    Fault("dB's eights in another order", "* side + unit % side) * kVector", "* side) * kVector", COMMON),
+    Fault("misaligned store of dB", "rows % kVector == 0 && aligned(out.data, 16)", "aligned(out.data, 16)", COMMON),
 ]

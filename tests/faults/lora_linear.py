@@ -25,6 +25,7 @@ FAULTS = [
         "column > factors.at[f + 1].first",
     ),
     Fault("scale of another factor", "factors.at[f].scale;", "factors.at[0].scale;"),
+    Fault("stacked results in one place", "first * m + (rows.first + row)", "(rows.first + row)"),
     Fault("splits in one place", "partial[split * m * columns + at]", "partial[at]"),
     Fault("columns of y in another order", "g / 2 * 8 + 2 * j + g % 2", "8 * j + g"),
     Fault("y added where it is to be replaced", "if (accumulate) load_vector", "if (true) load_vector"),

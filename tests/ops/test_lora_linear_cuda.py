@@ -62,22 +62,32 @@ def test_down(gpu, dtype, m, ranks, k, factor, dropout):
     x, a = rand(m, k, dtype=dtype), [rand(r, k, dtype=factor, seed=i) for i, r in enumerate(ranks)]
     scales = [0.5 * 2.0**i for i in range(len(ranks))]
     seed = torch.tensor([SEED], device=gpu.device) if dropout else None
-    s = kernels.down(x.to(gpu.device), [f.to(gpu.device) for f in a], scales, None, seed, dropout)
+    s = kernels.down(x.to(gpu.device), [f.to(gpu.device) for f in a], scales, seed, dropout)
     rows = dropped(x, dropout) if dropout else x.double()
-    want = torch.cat([scale * (rows @ f.double().T) for scale, f in zip(scales, a, strict=True)], 1)
-    size = torch.cat([scale * (rows.abs() @ f.double().abs().T) for scale, f in zip(scales, a, strict=True)], 1)
-    assert s.dtype == dtype
-    close(s, want, size, k, rounding(dtype, factor))
+    for got, scale, f in zip(s, scales, a, strict=True):
+        want, size = scale * (rows @ f.double().T), scale * (rows.abs() @ f.double().abs().T)
+        assert got.dtype == dtype and got.shape == want.shape and got.is_contiguous()
+        close(got, want, size, k, rounding(dtype, factor))
 
 
 def test_down_is_split_and_repeats(gpu):
     x, a = rand(20, 4160, dtype=torch.bfloat16).to(gpu.device), rand(8, 4160).to(gpu.device)
     module = native(x)[0]
-    assert module.lora_down_splits(1, 8, 4160, 4) > 1
-    first, second = (kernels.down(x, [a], [1.0]) for _ in range(2))
+    assert module.lora_down_splits(1, 4160, 4) > 1
+    (first,), (second,) = (kernels.down(x, [a], [1.0]) for _ in range(2))
     assert torch.equal(first, second)
     want = x.cpu().double() @ a.cpu().double().T
     close(first, want, x.cpu().double().abs() @ a.cpu().double().abs().T, 4160, 2**-8)
+
+
+def test_a_factor_gives_the_same_bits_alone_and_stacked(gpu):
+    """For any rank, and split sums too."""
+    for m, k in ((20, 4160), (70, 72)):
+        x = rand(m, k, dtype=torch.bfloat16).to(gpu.device)
+        a = [rand(rank, k, seed=rank).to(gpu.device) for rank in (16, 5, 64, 1)]
+        scales = [1.0, 2.0, 0.5, 3.0]
+        for stacked, factor, scale in zip(kernels.down(x, a, scales), a, scales, strict=True):
+            assert torch.equal(stacked, kernels.down(x, [factor], [scale])[0])
 
 
 @pytest.mark.parametrize("accumulate", [True, False])
@@ -162,7 +172,7 @@ def test_adapters_by_row(gpu, rows, dtype):
     x, y = rand(len(names) * rows, k, dtype=dtype), rand(len(names) * rows, n, dtype=dtype)
     a, b = [rand(r, k, seed=r) for r in ranks], [rand(n, r, seed=r) for r in ranks]
     tiles = kernels.tiles_of(names, rows, gpu.device)
-    s = kernels.down(x.to(gpu.device), [f.to(gpu.device) for f in a], [0.5, 1.0, 2.0], tiles)
+    s = kernels.down_rows(x.to(gpu.device), [f.to(gpu.device) for f in a], [0.5, 1.0, 2.0], tiles)
     got = kernels.up(s, [f.to(gpu.device) for f in b], y.clone().to(gpu.device), tiles)
     for sample, name in enumerate(names):
         at = slice(sample * rows, (sample + 1) * rows)
