@@ -184,3 +184,43 @@ def fresh_outputs():
         mock.patch.object(torch.Tensor, "new_empty", marking(torch.Tensor.new_empty)),
     ):
         yield
+
+
+class Resident:
+    """Memory of an emulated GPU for tensors that stay there, as `allocating` makes them: kernels and torch both reach
+    it. Freed with this object."""
+
+    def __init__(self, module: Any, index: int = 0):
+        self.module, self.index = module, index
+        self.pointers: list[int] = []
+
+    def empty(self, size: Any, dtype: torch.dtype) -> torch.Tensor:
+        size = torch.Size([size] if isinstance(size, int) else size)
+        bytes = max(size.numel() * dtype.itemsize, 1)
+        self.pointers.append(self.module.malloc(bytes, self.index))
+        buffer = (ctypes.c_uint8 * bytes).from_address(self.pointers[-1])
+        return torch.frombuffer(buffer, dtype=dtype, count=size.numel()).view(size) if size.numel() else torch.empty(0)
+
+    def put(self, host: torch.Tensor) -> torch.Tensor:
+        tensor = self.empty(host.shape, host.dtype)
+        tensor.copy_(host)
+        self.module.written_by_host(tensor.data_ptr(), host.nbytes)
+        return tensor
+
+    @contextmanager
+    def allocating(self):
+        """What torch.empty, empty_like and new_empty return is such memory."""
+
+        def like(tensor, size=None, dtype=None, **_):
+            return self.empty(tensor.shape if size is None else size, dtype or tensor.dtype)
+
+        with (
+            mock.patch.object(torch, "empty", lambda size, dtype=torch.float32, **_: self.empty(size, dtype)),
+            mock.patch.object(torch, "empty_like", like),
+            mock.patch.object(torch.Tensor, "new_empty", like),
+        ):
+            yield
+
+    def __del__(self):
+        for pointer in self.pointers:
+            self.module.free(pointer)

@@ -5,6 +5,9 @@
 
 #include "core/dlpack.h"
 #include "core/tensor.h"
+#if defined(PYQLORA_EMULATION)
+#include "engine.h"
+#endif
 
 namespace pyqlora {
 
@@ -118,6 +121,9 @@ struct type_caster<pyqlora::TensorRef> {
         if (src.is_none()) return true;
         if (!PyType_IsSubtype(Py_TYPE(src.ptr()), pyqlora::TorchNames::get().tensor)) return false;
         value = pyqlora::tensor_ref(src);
+#if defined(PYQLORA_EMULATION)
+        value.device_index = emulation::device_of(value.data);
+#endif
         return true;
     }
 };

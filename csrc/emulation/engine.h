@@ -53,9 +53,13 @@ size_t shared_offset(const void* p);
 bool inside_shared_object(const void* p, size_t bytes);
 
 // ---- device memory (memory.cpp) -----------------------------------------------------------------------------------
-void* allocate(size_t bytes);  // filled with 0xFF, flush with an inaccessible page, never reused
+// Filled with 0xFF, flush with an inaccessible page, never reused. everywhere: all devices reach it.
+void* allocate(size_t bytes, int device, bool everywhere = false);
 bool release(void* p);
 bool is_device(const void* p, size_t bytes = 1);  // inside a live allocation
+int device_of(const void* p);                     // of its allocation; 0 for what is none
+int current_device();
+void set_device_count(int count);
 
 // ---- checks (checks.cpp; empty but in the checked build) ----------------------------------------------------------
 namespace checks {

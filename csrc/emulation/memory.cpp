@@ -18,14 +18,17 @@ struct Allocation {
     size_t bytes;
     char* pages;
     size_t page_bytes;
+    int device;
+    bool everywhere;
 };
 std::map<char*, Allocation> allocations;
+int device_count = 1, current = 0;
 
 size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
-void* allocate(size_t bytes) {
+void* allocate(size_t bytes, int device, bool everywhere) {
     if (!arena) {
         void* p = mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) return nullptr;
@@ -38,7 +41,7 @@ void* allocate(size_t bytes) {
     mprotect(pages, usable, PROT_READ | PROT_WRITE);
     std::memset(pages, 0xff, usable);
     char* p = pages + usable - round_up(bytes, kAlign);
-    allocations[p] = {bytes, pages, page_bytes};
+    allocations[p] = {bytes, pages, page_bytes, device, everywhere};
     checks::allocated(p, bytes);
     return p;
 }
@@ -63,6 +66,12 @@ bool is_device(const void* p, size_t bytes) {
     const DeviceSpan a = allocation_below(p);
     return a.begin && static_cast<const char*>(p) + bytes <= a.begin + a.bytes;
 }
+int device_of(const void* p) { return is_device(p) ? allocations.at(allocation_below(p).begin).device : 0; }
+bool reachable(const void* p) {
+    return is_device(p) && (device_of(p) == current || allocations.at(allocation_below(p).begin).everywhere);
+}
+int current_device() { return current; }
+void set_device_count(int count) { device_count = count, current = 0; }
 
 }  // namespace emulation
 
@@ -79,6 +88,10 @@ const char* cudaGetErrorName(cudaError_t error) {
             return "cudaErrorLaunchFailure";
         case cudaErrorInvalidDevice:
             return "cudaErrorInvalidDevice";
+        case cudaErrorInvalidResourceHandle:
+            return "cudaErrorInvalidResourceHandle";
+        case cudaErrorStreamCaptureUnsupported:
+            return "cudaErrorStreamCaptureUnsupported";
         default:
             return "cudaErrorUnknown";
     }
@@ -87,7 +100,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     return error == cudaErrorLaunchFailure ? emulation::report() : "invalid argument";
 }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = emulation::current;
     return cudaSuccess;
 }
 namespace {
@@ -97,6 +110,10 @@ void emulation::set_compute_capability(int major) { compute_capability_major = m
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     *value = attribute == cudaDevAttrConcurrentManagedAccess ? emulation::concurrent_managed_access()
                                                              : compute_capability_major;
-    return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+    return device >= 0 && device < emulation::device_count ? cudaSuccess : cudaErrorInvalidDevice;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= emulation::device_count) return cudaErrorInvalidDevice;
+    emulation::current = device;
+    return cudaSuccess;
+}

@@ -15,12 +15,12 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
 
     m.def(
         "malloc",
-        [](size_t bytes) {
-            void* p = emulation::allocate(bytes);
+        [](size_t bytes, int device) {
+            void* p = emulation::allocate(bytes, device);
             if (!p) throw std::bad_alloc();
             return reinterpret_cast<uintptr_t>(p);
         },
-        "bytes"_a, "Device memory, uninitialised.");
+        "bytes"_a, "device"_a = 0, "Device memory, uninitialised.");
     m.def(
         "free",
         [](uintptr_t p) {
@@ -31,6 +31,9 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
         "written_by_host",
         [](uintptr_t p, size_t bytes) { emulation::checks::written_by_host(reinterpret_cast<void*>(p), bytes); },
         "pointer"_a, "bytes"_a, "These bytes are initialised.");
+    m.def("set_device_count", &emulation::set_device_count, "count"_a,
+          "How many there are; the first becomes current.");
+    m.def("current_device", &emulation::current_device);
     m.def("set_compute_capability", &emulation::set_compute_capability, "major"_a, "What the device says of itself.");
     m.def("set_lazy", &emulation::set_lazy, "seed"_a,
           "Queue what streams are given and run it in a random legal order when someone waits; 0: run it at once.");
@@ -53,6 +56,11 @@ PYBIND11_MODULE(pyqlora_emulation, m) {
             return reinterpret_cast<uintptr_t>(stream);
         },
         "A cudaStream_t, for the life of the process.");
+    m.def(
+        "begin_capture", [](uintptr_t stream) { emulation::begin_capture(reinterpret_cast<cudaStream_t>(stream)); },
+        "stream"_a, "Keep what this stream is given as a graph instead of running it.");
+    m.def("end_capture", &emulation::end_capture);
+    m.def("replay", &emulation::replay, "Run the graph; False if it failed.");
     m.def(
         "stream_counts",
         [] {

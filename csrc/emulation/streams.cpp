@@ -23,8 +23,10 @@ struct Work {
 
 struct CUstream_st {
     std::deque<Work> queue;
+    int device;
 };
 struct CUevent_st {
+    int device;
     Flag recorded = std::make_shared<bool>(true);  // by the latest record
 };
 
@@ -39,6 +41,8 @@ struct Shared {
 };
 std::map<char*, Shared> shared;
 std::vector<CUstream_st*> streams{new CUstream_st};  // first the default stream
+CUstream_st* capturing = nullptr;
+std::vector<Work> graph;
 uint64_t seed = 0;
 bool concurrent = true;
 StreamCounts counts{};
@@ -119,6 +123,7 @@ bool progress() {
 
 template <class Done>
 cudaError_t run_until(Done done) {
+    if (capturing) return cudaErrorStreamCaptureUnsupported;
     while (!done() && progress()) {
     }
     return failed() ? cudaErrorLaunchFailure : cudaSuccess;
@@ -128,6 +133,11 @@ cudaError_t run_all() {
 }
 
 cudaError_t enqueue(cudaStream_t stream, Work work) {
+    if (capturing) {
+        if (queue_of(stream) != capturing) return cudaErrorStreamCaptureUnsupported;
+        graph.push_back(std::move(work));
+        return cudaSuccess;
+    }
     if (!seed) return run(work) ? cudaSuccess : cudaErrorLaunchFailure;
     for (char* p : work.uses) {
         ++shared.at(p).users;
@@ -140,7 +150,8 @@ cudaError_t enqueue(cudaStream_t stream, Work work) {
 }
 
 cudaError_t allocate_shared(void** p, size_t bytes, bool managed) {
-    *p = allocate(bytes);
+    if (capturing) return cudaErrorStreamCaptureUnsupported;
+    *p = allocate(bytes, current_device(), true);
     if (!*p) return cudaErrorInvalidValue;
     checks::written_by_host(*p, bytes);
     shared[static_cast<char*>(*p)] = {bytes, managed, false, 0};
@@ -148,6 +159,7 @@ cudaError_t allocate_shared(void** p, size_t bytes, bool managed) {
 }
 
 cudaError_t free_shared(void* p) {
+    if (capturing) return cudaErrorStreamCaptureUnsupported;
     run_all();
     if (!shared.erase(static_cast<char*>(p))) return cudaErrorInvalidValue;
     release(p);
@@ -170,6 +182,20 @@ cudaError_t enqueue(cudaStream_t stream, const void* arguments, size_t bytes, bo
     return enqueue(stream, std::move(work));
 }
 
+bool on_current_device(cudaStream_t stream) { return !stream || stream->device == current_device(); }
+
+void begin_capture(cudaStream_t stream) {
+    graph.clear();
+    capturing = queue_of(stream);
+}
+void end_capture() { capturing = nullptr; }
+bool replay() {
+    for (Work& work : graph) {
+        if (!run(work)) return false;
+    }
+    return true;
+}
+
 void set_lazy(uint64_t new_seed) {
     run_all();
     catch_faults();
@@ -188,7 +214,7 @@ StreamCounts stream_counts() {
 using namespace emulation;
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-    streams.push_back(*stream = new CUstream_st);
+    streams.push_back(*stream = new CUstream_st{{}, current_device()});
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -198,10 +224,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     return enqueue(stream, {[] { return true; }, {}, false, event->recorded});
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-    *event = new CUevent_st;
+    *event = new CUevent_st{current_device()};
     return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    if (event->device != (stream ? stream->device : current_device())) return cudaErrorInvalidResourceHandle;
     const Flag flag = event->recorded = std::make_shared<bool>(false);
     return enqueue(stream, {[flag] { return *flag = true; }, {}, false, nullptr});
 }

@@ -1,4 +1,4 @@
-// The CUDA runtime, as far as core/launch.h uses it: one device, and launches in the order of streams.h.
+// The CUDA runtime, as far as core/launch.h uses it: devices, and launches in the order of streams.h.
 #pragma once
 #include <tuple>
 
@@ -8,7 +8,9 @@ enum cudaError_t {
     cudaErrorInvalidConfiguration = 9,
     cudaErrorInvalidDevice = 101,
     cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorInvalidResourceHandle = 400,
     cudaErrorLaunchFailure = 719,
+    cudaErrorStreamCaptureUnsupported = 900,
 };
 
 cudaError_t cudaGetLastError();
@@ -31,10 +33,11 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulation {
-// A pointer handed to a kernel is null or device memory.
+bool reachable(const void* p);  // by kernels on the current device
+// A pointer handed to a kernel is null or memory of its device.
 template <class T>
 bool device_argument(const T& argument) {
-    if constexpr (std::is_pointer_v<T>) return !argument || is_device(argument);
+    if constexpr (std::is_pointer_v<T>) return !argument || reachable(argument);
     return true;
 }
 inline bool valid(const cudaLaunchConfig_t& c) {
@@ -57,7 +60,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (!emulation::dynamic_shared_allowed(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes))
         return cudaErrorInvalidValue;
     if (!(emulation::device_argument<std::decay_t<Args>>(args) && ...))
-        return emulation::refuse("a kernel argument points to host memory"), cudaErrorLaunchFailure;
+        return emulation::refuse("a kernel argument points to host memory, or another device's"),
+               cudaErrorLaunchFailure;
+    if (!emulation::on_current_device(config->stream)) return cudaErrorInvalidResourceHandle;
     const std::tuple<std::decay_t<Parameters>...> arguments(static_cast<Parameters>(args)...);
     auto launch = [kernel, arguments, config = *config] {
         auto call = [&] { std::apply(kernel, arguments); };

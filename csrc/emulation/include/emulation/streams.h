@@ -36,6 +36,15 @@ using Operation = std::function<bool()>;  // false: it failed, and report() says
 // the last prefetch left it.
 cudaError_t enqueue(cudaStream_t stream, const void* arguments, size_t bytes, bool kernel, Operation operation);
 
+// Of the device that was current when it was made; the default stream is everyone's.
+bool on_current_device(cudaStream_t stream);
+
+// A graph: what `stream` is given from here to end_capture is kept instead of run, and each replay runs it. Meanwhile
+// other streams get nothing, nobody allocates, frees or waits: cudaErrorStreamCaptureUnsupported.
+void begin_capture(cudaStream_t stream);
+void end_capture();
+bool replay();
+
 // Lazily, work is queued and runs in a random order that the streams and events allow: some of it early, the rest when
 // the host waits. Where it touches managed or pinned memory in the meantime, host_accesses() counts it.
 void set_lazy(uint64_t seed);  // 0: eagerly, after all that is queued
