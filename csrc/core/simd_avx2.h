@@ -14,6 +14,7 @@ namespace pyqlora::cpu::avx2 {
 struct Simd {
     static constexpr int width = 8;
     static constexpr int registers = 32 / width;
+    static constexpr int tile_rows = 6;  // of a product (gemm.h): two registers each, and two for columns
     using Floats = __m256;
     using Ints = __m256i;
 
@@ -107,6 +108,18 @@ struct Simd {
     struct Lookup;
     template <class T>
     struct Table;  // of float, Half or BFloat16
+
+    // The values of codes 0 to 15, unscaled, looked up for a register of codes.
+    template <class Q>
+    struct Codebook {
+        __m256 low, high;
+        Codebook() : low(_mm256_loadu_ps(Q::values)), high(_mm256_loadu_ps(Q::values + 8)) {}
+        Floats operator()(Ints code) const {
+            const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+            return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
+        }
+    };
+    static Ints widen(__m128i bytes) { return _mm256_cvtepu8_epi32(bytes); }  // the lowest `width` bytes
 
     template <class Q, class T>
     static Table<T> table(float scale) {

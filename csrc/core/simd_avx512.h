@@ -15,6 +15,7 @@ namespace pyqlora::cpu::avx512 {
 struct Simd {
     static constexpr int width = 16;
     static constexpr int registers = 32 / width;
+    static constexpr int tile_rows = 12;  // of a product (gemm.h): two registers each, and two for columns
     using Floats = __m512;
     using Ints = __m512i;
 
@@ -100,6 +101,15 @@ struct Simd {
     // A block's 16 values: code table times scale, so that decoding is a lookup and gives the rounded product exactly.
     template <class T>
     struct Table;  // of float, Half or BFloat16
+
+    // The values of codes 0 to 15, unscaled, looked up for a register of codes.
+    template <class Q>
+    struct Codebook {
+        __m512 values;
+        Codebook() : values(_mm512_loadu_ps(Q::values)) {}
+        Floats operator()(Ints code) const { return _mm512_permutexvar_ps(code, values); }
+    };
+    static Ints widen(__m128i bytes) { return _mm512_cvtepu8_epi32(bytes); }  // the lowest `width` bytes
 
     template <class Q, class T>
     static Table<T> table(float scale) {

@@ -8,12 +8,12 @@
 #include "core/parallel.h"
 #include "core/simd_avx2.h"
 #include "core/simd_avx512.h"
-#include "ops/quantize_cpu.h"
+#include "ops/linear_4bit_gemm.h"
 
 namespace pyqlora::cpu {
 namespace {
 
-constexpr int kMaxRows = 8;  // of x, for one pass over W
+constexpr int kMaxRows = 8;  // of x, for one pass over W; more go through a matrix product
 
 }  // namespace
 
@@ -79,7 +79,8 @@ using DotSpread = float (*)(const float*, int64_t, const uint8_t*, const float*,
 
 // One row of x: the weight's bytes pass through the registers once, and x with them.
 template <class T>
-void one_row(const Linear4bitArgs& a, const BlockScale& scale, const float* x, const float* bias, int threads) {
+void one_row(const Linear4bitArgs& a, const BlockScale& scale, const float* x, const float* bias, const float* update,
+             int threads) {
     DotSpread dot = nullptr;
     dispatch_quant_type(a.type, [&](auto quant) { dot = PYQLORA_SELECT(dot_spread<decltype(quant)>); });
     void (*const spread_row)(const float*, int64_t, float*) = PYQLORA_SELECT(spread_row);
@@ -90,48 +91,86 @@ void one_row(const Linear4bitArgs& a, const BlockScale& scale, const float* x, c
         std::unique_ptr<float[]> scales(new float[blocks + words]());
         for (int64_t n = first; n < last; ++n) {
             scale.range(n * blocks, (n + 1) * blocks, scales.get());
-            const float y = dot(spread.get(), k, a.packed.as<uint8_t>() + n * k / 2, scales.get(), a.blocksize);
-            a.y.as<T>()[n] = from_float<T>(bias ? y + bias[n] : y);
+            float y = dot(spread.get(), k, a.packed.as<uint8_t>() + n * k / 2, scales.get(), a.blocksize);
+            if (bias) y += bias[n];
+            if (update) y += update[n];
+            a.y.as<T>()[n] = from_float<T>(y);
         }
     });
 }
 
-}  // namespace
+// s·Bᵀ in float32, for the sums of few rows of x to be added to.
+std::unique_ptr<float[]> low_rank_update(const Linear4bitArgs& a) {
+    if (!a.b.defined()) return nullptr;
+    std::unique_ptr<float[]> s_floats, b_floats, update(new float[a.m() * a.n]);
+    const float *s = as_floats(a.s, s_floats), *b = as_floats(a.b, b_floats);
+    const auto dot = PYQLORA_SELECT(dot);
+    for (int64_t i = 0; i < a.m(); ++i)
+        for (int64_t n = 0; n < a.n; ++n) update[i * a.n + n] = dot(s + i * a.rank(), b + n * a.rank(), a.rank());
+    return update;
+}
 
-void linear_4bit(const Linear4bitArgs& a, int threads) {
+void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     const BlockScale scale(a.scales);
     const uint8_t* packed = a.packed.as<uint8_t>();
-    std::unique_ptr<float[]> x_floats, bias_floats;
-    const float *x = as_floats(a.x, x_floats), *bias = as_floats(a.bias, bias_floats);
-    const int64_t m = a.m(), k = a.k;
+    std::unique_ptr<float[]> x_floats;
+    const float* x = as_floats(a.x, x_floats);
+    const std::unique_ptr<float[]> update = low_rank_update(a);
+    const int rows = static_cast<int>(a.m());
+    const int64_t k = a.k;
     const auto dot = PYQLORA_SELECT(dot);
     DotPacked dot_packed = nullptr;
     if (k % 32 == 0)
         dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });
-    const bool spread = m == 1 && k % a.blocksize == 0 && dot_packed;
+    const bool spread = rows == 1 && k % a.blocksize == 0 && dot_packed;
 
     dispatch_float<Half, BFloat16>(a.y.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        if (spread) return one_row<T>(a, scale, x, bias, threads);
+        if (spread) return one_row<T>(a, scale, x, bias, update.get(), threads);
         parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
             std::unique_ptr<float[]> row(dot_packed ? nullptr : new float[k]);
             std::unique_ptr<float[]> scales(dot_packed ? new float[k / a.blocksize + 2] : nullptr);
             for (int64_t n = first; n < last; ++n) {
                 if (scales) scale.range(n * k / a.blocksize, ceil_div((n + 1) * k, a.blocksize), scales.get());
                 if (row) decode_4bit(packed, scale, a.type, a.blocksize, n * k, (n + 1) * k, row.get());
-                for (int64_t i = 0; i < m; i += kMaxRows) {
-                    const int rows = static_cast<int>(std::min<int64_t>(kMaxRows, m - i));
-                    float y[kMaxRows];
-                    if (dot_packed)
-                        dot_packed(rows, x + i * k, k, packed, scales.get(), a.blocksize, n, y);
-                    else
-                        for (int j = 0; j < rows; ++j) y[j] = dot(x + (i + j) * k, row.get(), k);
-                    for (int j = 0; j < rows; ++j)
-                        a.y.as<T>()[(i + j) * a.n + n] = from_float<T>(bias ? y[j] + bias[n] : y[j]);
+                float y[kMaxRows];
+                if (dot_packed)
+                    dot_packed(rows, x, k, packed, scales.get(), a.blocksize, n, y);
+                else
+                    for (int i = 0; i < rows; ++i) y[i] = dot(x + i * k, row.get(), k);
+                for (int i = 0; i < rows; ++i) {
+                    if (bias) y[i] += bias[n];
+                    if (update) y[i] += update[i * a.n + n];
+                    a.y.as<T>()[i * a.n + n] = from_float<T>(y[i]);
                 }
             }
         });
     });
+}
+
+void many_rows(const Linear4bitArgs& a, const float* bias, int threads) {
+    const Weight weight(a.packed, a.scales, a.k, a.blocksize, a.type);
+    std::vector<Term> terms;
+    terms.push_back({a.k, pack_along(rows_of(a.x, a.k)), columns_of_transposed(weight), {}});
+    if (a.b.defined())
+        terms.push_back({a.rank(), pack_along(rows_of(a.s, a.rank())), pack_along(rows_of(a.b, a.rank())), {}});
+    terms.back().then = store_to(a.y, a.n, bias);
+    multiply(a.m(), a.n, terms, threads);
+}
+
+}  // namespace
+
+void linear_4bit(const Linear4bitArgs& a, int threads) {
+    std::unique_ptr<float[]> bias_floats;
+    const float* bias = as_floats(a.bias, bias_floats);
+    if (a.m() <= kMaxRows) return few_rows(a, bias, threads);
+    many_rows(a, bias, threads);
+}
+
+void linear_4bit_backward(const Linear4bitBackwardArgs& a, int threads) {
+    const Weight weight(a.packed, a.scales, a.k, a.blocksize, a.type);
+    const Term term{a.n, pack_along(rows_of(a.dy, a.n)), columns_of(weight), store_to(a.dx, a.k, nullptr)};
+    multiply(a.m(), a.k, {term}, threads);
 }
 
 }  // namespace pyqlora::cpu

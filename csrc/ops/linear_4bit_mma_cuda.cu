@@ -276,9 +276,9 @@ void launch_dtype(const Linear4bitMmaArgs& a, void* stream) {
     const char* op = "linear_4bit_mma";
     const int m = static_cast<int>(l.m()), splits = static_cast<int>(a.splits());
     const bool vectors = l.n % kVector == 0 && aligned(l.y.data, 16) && aligned(a.workspace.data, 16);
-    const int rank = static_cast<int>(a.rank());
-    const LowRank update{a.s.data, a.b.data, a.b.dtype, rank,
-                         rank % kVector == 0 && aligned(a.s.data, 16) && aligned(a.b.data, 16)};
+    const int rank = static_cast<int>(l.rank());
+    const LowRank update{l.s.data, l.b.data, l.b.dtype, rank,
+                         rank % kVector == 0 && aligned(l.s.data, 16) && aligned(l.b.data, 16)};
     dispatch_tokens(m, [&](auto token_tiles) {
         using Tile = Tiles<token_tiles>;
         launch(op, l.x, stream, {ceil_div(l.n, Tile::rows) * splits, kThreads}, linear_4bit_mma_kernel<T, token_tiles>,

@@ -5,8 +5,9 @@
 //   up         y += drop(s·Bᵀ)                           [m, columns] -> [m, n]
 //   backward   ds = scale · dy·B and db = drop(dy)ᵀ·s    from one pass over dy
 //
-// x and dy are 16-bit (but for dropout), factors (A [rank, k], B [n, rank]) any float; sums are float32. The CPU has
-// the first only: there torch multiplies.
+// Factors (A [rank, k], B [n, rank]) are of any float, sums are float32. On a GPU x and dy are 16-bit (but for
+// dropout), and s and ds are of their dtype; on the CPU x and dy are of any float, s and ds float32, and there is one
+// factor and no workspace. `inner` is the dtype of s and ds.
 //
 // down and up take several factors. Without `tiles` down stacks them, for projections that share x: s holds a matrix
 // [m, rank] for each, one after the other. With `tiles`, i32 [count, 3] of (first row, rows <= 32, factor or -1 for
@@ -57,12 +58,13 @@ struct LoraFactors {
 };
 
 struct LoraDownArgs {
-    TensorRef x;  // f16 or bf16 [m, k]
+    DType inner;
+    TensorRef x;  // [m, k]
     LoraFactors a;
     std::vector<float> scales;  // one for each factor
     TensorRef tiles;            // or None
     Dropout dropout;
-    TensorRef s;          // x's dtype [m, columns], or stacked, out
+    TensorRef s;          // [m, columns], or stacked, out
     TensorRef workspace;  // f32 [splits, m * columns], or None for one split
 
     int64_t m() const { return x.numel / a.length; }
@@ -71,26 +73,28 @@ struct LoraDownArgs {
 };
 
 struct LoraUpArgs {
-    TensorRef s;  // f16 or bf16 [m, columns]
+    DType inner;
+    TensorRef s;  // [m, columns]
     LoraFactors b;
     TensorRef tiles;  // or None
     Dropout dropout;  // of the product
-    TensorRef y;      // s's dtype [m, n]
+    TensorRef y;      // [m, n]
     bool accumulate;  // else y = …
 
     int64_t m() const { return y.numel / b.length; }
 };
 
 struct LoraBackwardArgs {
-    TensorRef dy;  // f16 or bf16 [m, n]
+    DType inner;
+    TensorRef dy;  // [m, n]
     TensorRef b;   // f32, f16 or bf16 [n, rank], or None: no ds
-    TensorRef s;   // dy's dtype [m, rank]
+    TensorRef s;   // [m, rank]
     double scale;
     Dropout dropout;  // of dy, only without b
-    TensorRef ds;     // dy's dtype [m, rank], out
+    TensorRef ds;     // [m, rank], out
     TensorRef db;     // f32, f16 or bf16 [n, rank], or [rank, n] if transposed, out
     bool transposed;
-    TensorRef ds_parts;  // f32 [ceil(n / columns), m, rank]
+    TensorRef ds_parts;  // f32 [ceil(n / columns), m, rank]; on a GPU, like the next
     TensorRef db_parts;  // f32 [chunks of rows, rank, n]
     int64_t n;
 
@@ -121,14 +125,22 @@ inline void check_factors(const char* op, const char* arg, const LoraFactors& f,
     }
 }
 
-// Tensors [m, columns] of the kernels for 16-bit dtypes.
-inline void check_rows(const char* op, const char* arg, const TensorRef& t, Device device, int64_t columns) {
-    check_tensor(op, arg, t, device, {DType::f16, DType::bf16});
+// Activations [m, columns]; on a GPU of the dtype `inner`.
+inline void check_rows(const char* op, const char* arg, const TensorRef& t, Device device, int64_t columns,
+                       DType inner) {
+    if (inner == DType::f32)
+        check_tensor(op, arg, t, device, {DType::f32, DType::f16, DType::bf16});
+    else
+        check_tensor(op, arg, t, device, {DType::f16, DType::bf16});
     if (t.numel % columns)
         bad_argument(op, arg, "rows of " + std::to_string(columns), std::to_string(t.numel) + " elements");
 }
 
-inline void check_tiles(const char* op, const TensorRef& tiles, Device device) {
+inline void check_tiles(const char* op, const TensorRef& tiles, const LoraFactors& factors, Device device,
+                        DType inner) {
+    if (inner == DType::f32 && (tiles.defined() || factors.factors.size() > 1))
+        bad_argument(op, tiles.defined() ? "tiles" : "factors", tiles.defined() ? "None on a CPU" : "one on a CPU",
+                     tiles.defined() ? "a tensor" : std::to_string(factors.factors.size()));
     if (!tiles.defined()) return;
     check_tensor(op, "tiles", tiles, device, {DType::i32});
     if (tiles.numel % 3) bad_argument(op, "tiles", "three numbers a tile", std::to_string(tiles.numel) + " elements");
@@ -148,12 +160,12 @@ inline void check(const LoraDropoutArgs& a, Device device) {
 inline void check(const LoraDownArgs& a, Device device) {
     const char* op = "lora_down";
     check_factors(op, "a", a.a, device);
-    check_rows(op, "x", a.x, device, a.a.length);
-    check_tiles(op, a.tiles, device);
+    check_rows(op, "x", a.x, device, a.a.length, a.inner);
+    check_tiles(op, a.tiles, a.a, device, a.inner);
     check_dropout(op, a.dropout, device);
     if (a.scales.size() != a.a.factors.size())
         bad_argument(op, "scales", "one for each factor", std::to_string(a.scales.size()));
-    check_tensor(op, "s", a.s, device, {a.x.dtype}, a.m() * a.columns());
+    check_tensor(op, "s", a.s, device, {a.inner}, a.m() * a.columns());
     if (a.workspace.defined()) {
         check_tensor(op, "workspace", a.workspace, device, {DType::f32});
         if (a.s.numel == 0 || a.workspace.numel == 0 || a.workspace.numel % a.s.numel)
@@ -173,10 +185,10 @@ inline void check(const LoraUpArgs& a, Device device) {
     check_factors(op, "b", a.b, device);
     if (!a.tiles.defined() && a.b.factors.size() > 1)
         bad_argument(op, "b", "one factor where there are no tiles", std::to_string(a.b.factors.size()));
-    check_rows(op, "y", a.y, device, a.b.length);
-    check_tiles(op, a.tiles, device);
+    check_rows(op, "y", a.y, device, a.b.length, a.inner);
+    check_tiles(op, a.tiles, a.b, device, a.inner);
     check_dropout(op, a.dropout, device);
-    check_tensor(op, "s", a.s, device, {a.y.dtype}, a.m() * a.b.widest());
+    check_tensor(op, "s", a.s, device, {a.inner}, a.m() * a.b.widest());
     check_same_device(op,
                       {{"y", a.y}, {"s", a.s}, {"b", a.b.factors[0]}, {"tiles", a.tiles}, {"seed", a.dropout.seed}});
 }
@@ -184,21 +196,25 @@ inline void check(const LoraUpArgs& a, Device device) {
 inline void check(const LoraBackwardArgs& a, Device device) {
     const char* op = "lora_backward";
     if (a.n < 1) bad_argument(op, "n", "a positive number", std::to_string(a.n));
-    check_rows(op, "dy", a.dy, device, a.n);
+    check_rows(op, "dy", a.dy, device, a.n, a.inner);
     check_tensor(op, "db", a.db, device, {DType::f32, DType::f16, DType::bf16});
     if (a.db.numel == 0 || a.db.numel % a.n)
         bad_argument(op, "db", "a multiple of " + std::to_string(a.n) + " elements", std::to_string(a.db.numel));
-    check_tensor(op, "s", a.s, device, {a.dy.dtype}, a.m() * a.rank());
+    check_tensor(op, "s", a.s, device, {a.inner}, a.m() * a.rank());
     check_dropout(op, a.dropout, device);
-    check_tensor(op, "db_parts", a.db_parts, device, {DType::f32});
-    if (a.db_parts.numel == 0 || a.db_parts.numel % a.db.numel)
-        bad_argument(op, "db_parts", "a multiple of " + std::to_string(a.db.numel) + " elements",
-                     std::to_string(a.db_parts.numel));
+    const bool in_parts = a.inner != DType::f32;
+    if (in_parts) {
+        check_tensor(op, "db_parts", a.db_parts, device, {DType::f32});
+        if (a.db_parts.numel == 0 || a.db_parts.numel % a.db.numel)
+            bad_argument(op, "db_parts", "a multiple of " + std::to_string(a.db.numel) + " elements",
+                         std::to_string(a.db_parts.numel));
+    }
     if (a.b.defined()) {
         if (a.dropout.seed.defined()) bad_argument(op, "seed", "None where there is b", "a tensor");
         check_tensor(op, "b", a.b, device, {DType::f32, DType::f16, DType::bf16}, a.db.numel);
-        check_tensor(op, "ds", a.ds, device, {a.dy.dtype}, a.s.numel);
-        check_tensor(op, "ds_parts", a.ds_parts, device, {DType::f32}, ceil_div(a.n, a.columns) * a.s.numel);
+        check_tensor(op, "ds", a.ds, device, {a.inner}, a.s.numel);
+        if (in_parts)
+            check_tensor(op, "ds_parts", a.ds_parts, device, {DType::f32}, ceil_div(a.n, a.columns) * a.s.numel);
     }
     check_same_device(op, {{"dy", a.dy},
                            {"b", a.b},
@@ -212,6 +228,9 @@ inline void check(const LoraBackwardArgs& a, Device device) {
 
 namespace cpu {
 void lora_dropout(const LoraDropoutArgs& a, int threads);
+void lora_down(const LoraDownArgs& a, int threads);
+void lora_up(const LoraUpArgs& a, int threads);
+void lora_backward(const LoraBackwardArgs& a, int threads);
 }  // namespace cpu
 
 namespace cuda {  // stream: a cudaStream_t

@@ -1,31 +1,121 @@
+#include <algorithm>
+
 #include "core/dispatch.h"
 #include "core/float16.h"
+#include "core/gemm.h"
 #include "core/parallel.h"
+#include "ops/lora_dropout_avx2.h"
 #include "ops/lora_linear.h"
 
 namespace pyqlora::cpu {
 
-void lora_dropout(const LoraDropoutArgs& a, int threads) {
-    const auto seed = static_cast<uint64_t>(*a.dropout.seed.as<int64_t>());
-    const uint32_t threshold = a.dropout.threshold();
-    const int64_t columns = a.columns, rows = a.x.numel / columns;
-    dispatch_float<Half, BFloat16>(a.x.dtype, [&](auto tag) {
+namespace scalar {
+namespace {
+
+template <class T>
+void drop(const T* x, int64_t first, int64_t count, float scale, uint64_t seed, int64_t row, uint32_t threshold,
+          float* out) {
+    for (int64_t i = 0; i < count;) {
+        uint32_t bits = kept(seed, row, (first + i) / 8, threshold);
+        for (const int64_t stop = std::min(i + 8, count); i < stop; ++i, bits >>= 1)
+            out[i] = bits & 1 ? to_float(x[i]) * scale : 0.0f;
+    }
+}
+
+}  // namespace
+}  // namespace scalar
+
+#if PYQLORA_X86
+namespace avx512 {
+using avx2::drop;
+}
+#endif
+
+namespace {
+
+// The rows of a matrix, each value times `scale`, some dropped.
+ReadLine dropped_rows(const TensorRef& matrix, int64_t columns, const Dropout& dropout, float scale = 1.0f) {
+    if (!dropout.seed.defined()) return rows_of(matrix, columns, scale);
+    const auto seed = static_cast<uint64_t>(*dropout.seed.as<int64_t>());
+    const uint32_t threshold = dropout.threshold();
+    ReadLine read;
+    dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        auto drop = [&](auto* y) {
-            const T* x = a.x.as<T>();
-            parallel_for(threads, rows, std::max<int64_t>(1, (1 << 14) / columns), [&](int64_t first, int64_t last) {
-                for (int64_t row = first; row < last; ++row) {
-                    for (int64_t i = row * columns, end = i + columns, group = 0; i < end; ++group) {
-                        uint32_t bits = kept(seed, row, group, threshold);
-                        for (const int64_t stop = std::min(i + 8, end); i < stop; ++i, bits >>= 1)
-                            y[i] = from_float<std::decay_t<decltype(*y)>>(bits & 1 ? to_float(x[i]) : 0.0f);
-                    }
-                }
-            });
+        const auto drop = PYQLORA_SELECT(drop<T>);
+        read = [=, x = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* out) {
+            drop(x + row * columns + first, first, count, scale, seed, row, threshold, out);
         };
-        if (a.y.dtype == DType::f32) return drop(a.y.as<float>());
-        drop(a.y.as<T>());
     });
+    return read;
+}
+
+// `then` after C was dropped.
+OnRow after_dropout(const Dropout& dropout, OnRow then) {
+    if (!dropout.seed.defined()) return then;
+    const auto seed = static_cast<uint64_t>(*dropout.seed.as<int64_t>());
+    const uint32_t threshold = dropout.threshold();
+    const auto drop = PYQLORA_SELECT(drop<float>);
+    return [=, then = std::move(then)](int64_t row, int64_t first, int64_t count, float* c) {
+        drop(c, first, count, 1.0f, seed, row, threshold, c);
+        then(row, first, count, c);
+    };
+}
+
+// `then` that writes Cᵀ [columns of C, rows of C].
+OnRow store_transposed_to(const TensorRef& matrix, int64_t rows) {
+    OnRow store;
+    dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        store = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
+            for (int64_t i = 0; i < count; ++i) y[(first + i) * rows + row] = from_float<T>(c[i]);
+        };
+    });
+    return store;
+}
+
+}  // namespace
+
+void lora_dropout(const LoraDropoutArgs& a, int threads) {
+    const int64_t columns = a.columns, rows = a.x.numel / columns;
+    const ReadLine read = dropped_rows(a.x, columns, a.dropout);
+    const OnRow store = store_to(a.y, columns, nullptr);
+    parallel_for(threads, rows, std::max<int64_t>(1, (1 << 14) / columns), [&](int64_t row, int64_t end) {
+        constexpr int64_t kStep = 1024;
+        float line[kStep];
+        for (; row < end; ++row)
+            for (int64_t i = 0; i < columns; i += kStep) {
+                const int64_t count = std::min(kStep, columns - i);
+                read(row, i, count, line);
+                store(row, i, count, line);
+            }
+    });
+}
+
+void lora_down(const LoraDownArgs& a, int threads) {
+    const int64_t k = a.a.length, rank = a.columns();
+    const Term term{k, pack_along(dropped_rows(a.x, k, a.dropout, a.scales[0])), pack_along(rows_of(a.a.factors[0], k)),
+                    store_to(a.s, rank, nullptr)};
+    multiply(a.m(), rank, {term}, threads);
+}
+
+void lora_up(const LoraUpArgs& a, int threads) {
+    const int64_t n = a.b.length, rank = a.b.widest();
+    const OnRow then = a.accumulate ? add_to(a.y, n) : store_to(a.y, n, nullptr);
+    const Term term{rank, pack_along(rows_of(a.s, rank)), pack_along(rows_of(a.b.factors[0], rank)),
+                    after_dropout(a.dropout, then)};
+    multiply(a.m(), n, {term}, threads);
+}
+
+void lora_backward(const LoraBackwardArgs& a, int threads) {
+    const int64_t rank = a.rank(), m = a.m();
+    if (a.b.defined()) {
+        const Term ds{a.n, pack_along(rows_of(a.dy, a.n)), pack_across(rows_of(a.b, rank, static_cast<float>(a.scale))),
+                      store_to(a.ds, rank, nullptr)};
+        multiply(m, rank, {ds}, threads);
+    }
+    const Term db{m, pack_across(rows_of(a.s, rank)), pack_across(dropped_rows(a.dy, a.n, a.dropout)),
+                  a.transposed ? store_to(a.db, a.n, nullptr) : store_transposed_to(a.db, rank)};
+    multiply(rank, a.n, {db}, threads);
 }
 
 }  // namespace pyqlora::cpu

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from torch import Tensor
 
 from pyqlora import _C
 from pyqlora.ops import linear_4bit_cuda
 from pyqlora.ops.backend import is_plain, native
-from pyqlora.ops.quantize import dequantize_4bit_into
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
 
@@ -32,25 +29,7 @@ def _(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, 
     return dy.new_empty((*dy.shape[:-1], shape[1]))
 
 
-# CPU: up to this many rows of x go through the kernel that decodes W in registers; more go through torch's GEMM on one
-# piece of W after the other, decoded into a workspace of this size, one per Python thread (a longer row is one piece).
-_FUSED_ROWS = 24
-_WORKSPACE_BYTES = 8 << 20
-_local = threading.local()
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
-
-
-def _pieces(weight: tuple, n: int, k: int):
-    """(first row, last row, float32 rows of W), one after the other."""
-    rows = max(1, min(n, _WORKSPACE_BYTES // (4 * k)))
-    workspace = getattr(_local, "workspace", None)
-    if workspace is None or workspace.numel() < rows * k:
-        size = max(rows * k, _WORKSPACE_BYTES // 4)
-        workspace = _local.workspace = torch.empty(size, dtype=torch.float32, device="cpu")
-    for first in range(0, n, rows):
-        last = min(first + rows, n)
-        piece = workspace[: (last - first) * k].view(last - first, k)
-        yield first, last, dequantize_4bit_into(piece, *weight, n * k, first * k)
 
 
 def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
@@ -72,22 +51,7 @@ def _forward(
     if module is not _C.cpu:
         return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias)
     y = x.new_empty((*x.shape[:-1], n))
-    m = x.numel() // k
-    if m <= _FUSED_ROWS:
-        module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, context)
-        return y
-    weight = (packed, *scales, blocksize, quant_type)
-    x, rows = x.reshape(m, k).float(), y.view(m, n)
-    for first, last, piece in _pieces(weight, n, k):
-        product = rows[:, first:last]
-        if y.dtype == torch.float32:
-            torch.mm(x, piece.t(), out=product)
-            if bias is not None:
-                product += bias[first:last]
-        elif bias is None:
-            product.copy_(torch.mm(x, piece.t()))
-        else:
-            product.copy_(torch.addmm(bias[first:last].float(), x, piece.t()))
+    module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, None, None, context)
     return y
 
 
@@ -95,13 +59,12 @@ def _backward(dy: Tensor, *weight_shape) -> Tensor:
     *weight, shape = weight_shape
     n, k = shape
     _check("dy", dy, n, shape)
-    if native(dy)[0] is not _C.cpu:
+    module, context = native(dy)
+    if module is not _C.cpu:
         return torch.matmul(dy, linear_4bit_cuda.whole(weight, shape, dy.dtype))
-    rows, dx = dy.reshape(-1, n).float(), None
-    for first, last, piece in _pieces(weight, n, k):
-        columns = rows[:, first:last]
-        dx = torch.mm(columns, piece) if dx is None else dx.addmm_(columns, piece)
-    return dx.to(dy.dtype).view(*dy.shape[:-1], k)
+    dx = dy.new_empty((*dy.shape[:-1], k))
+    module.linear_4bit_backward(dy.contiguous(), *weight[:6], dx, n, k, *weight[6:], context)
+    return dx
 
 
 for _key in ("CPU", "CUDA"):
@@ -168,7 +131,7 @@ def linear_4bit(
     """x · Wᵀ + bias for a W of `shape` [N, K] packed as `quantize_4bit` does (see `pyqlora.functional` for the format).
 
     x is [..., K] in float32, float16 or bfloat16; the result is [..., N] in x's dtype. On a CPU the arithmetic is
-    float32 whatever x is, rounded once at the end, and no more than 8 MiB of W are ever held decoded per thread. On a
+    float32 whatever x is, rounded once at the end, and W is decoded a cache's worth at a time. On a
     GPU few rows go through kernels that decode W in registers, more through W decoded to x's dtype
     (`pyqlora.ops.linear_4bit_cuda`). Differentiable in x and bias, not in W.
 

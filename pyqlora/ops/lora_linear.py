@@ -7,7 +7,7 @@ y. The scale is folded into h. Arithmetic runs in one dtype, and y is rounded on
 
     on a GPU       x's own if it has 16 bits, with float32 sums: x is never copied (`pyqlora.ops.lora_linear_cuda`)
     under autocast autocast's
-    on the CPU     float32, for bf16 and fp16 matrix products there are slower than converting
+    on the CPU     float32, unless x or A is float64 (`pyqlora.ops.lora_linear_cpu`)
     else           the wider one of x and A
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyqlora.ops import backend
+from pyqlora.ops import lora_linear_cpu as on_cpu
 from pyqlora.ops import lora_linear_cuda as kernels
 from pyqlora.ops import lora_shared_cuda as shared
 from pyqlora.ops.backend import is_plain, native
@@ -95,11 +96,16 @@ def down(x: Tensor, a: Tensor, scaling: float, dropout: float, seed: Tensor | No
     rows, scale = x.reshape(-1, x.shape[-1]), scaling / (1.0 - dropout)
     if x.dtype == dtype and kernels.serves(x):
         return kernels.down(rows, [a], [scale], seed, dropout)[0] if seed is not None else shared.down(x, a, scale)
+    if on_cpu.serves(x, a):
+        return on_cpu.down(rows, a, scale, seed, dropout)
     return torch.mm(dropped(rows, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
 
 
 def add_up(base: Tensor, h: Tensor, b: Tensor, inplace: bool) -> Tensor:
     """base + h·Bᵀ in base's dtype."""
+    if on_cpu.serves(base, h, b):
+        y = base if inplace else base.clone(memory_format=torch.contiguous_format)
+        return on_cpu.up(h, b, y)
     rows, b = base.reshape(-1, base.shape[-1]), b.to(h.dtype)
     if base.dtype == h.dtype and not inplace:
         return torch.addmm(rows, h, b.t()).view(base.shape)
@@ -125,6 +131,18 @@ def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a
         if need_x:
             out = x.new_empty(x.shape) if dx is None else dx
             dx = kernels.up(gb, [a.t()], out, None, seed, dropout, accumulate=dx is not None)
+        return dx, da, db
+    if on_cpu.serves(g, x, h, a, b):
+        g = g.contiguous()
+        if need_b:
+            gb, db = on_cpu.backward(g, b, h, scale)
+        elif need_x or need_a:
+            gb = on_cpu.down(g, b.t(), scale)
+        if need_a:
+            da = on_cpu.backward_a(rows.contiguous(), a, gb, seed, dropout)
+        if need_x:
+            out = x.new_empty(x.shape) if dx is None else dx
+            dx = on_cpu.up(gb, a.t(), out, seed, dropout, accumulate=dx is not None)
         return dx, da, db
     g = g.to(dtype)
     if need_b:

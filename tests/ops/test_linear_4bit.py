@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pyqlora import _C
-from pyqlora.ops import linear_4bit as module
 from pyqlora.ops.linear_4bit import linear_4bit
 from pyqlora.ops.quantize import dequantize_4bit, quantize_4bit, quantize_blockwise
 
@@ -92,18 +91,21 @@ def test_one_row_on_whole_blocks(isa, blocksize, nested):
             assert_near(y, xd @ w.T + bias.double(), xd.abs() @ w.T.abs() + bias.double().abs(), k)
 
 
-def test_a_weight_in_many_pieces(monkeypatch):
-    monkeypatch.setattr(module, "_WORKSPACE_BYTES", 1 << 12)
-    monkeypatch.setattr(module, "_local", threading.local())
-    for n, k in [(37, 320), (5, 1500)]:  # several rows a piece, and a row longer than the workspace
-        arguments, w = weight(n, k)
-        for dtype in DTYPES:
-            x = torch.randn(33, k).to(dtype).requires_grad_()
-            y = linear_4bit(x, *arguments, torch.zeros(n))
-            xd = x.detach().double()
-            assert_near(y.detach(), xd @ w.T, xd.abs() @ w.T.abs(), k)
-            y.backward(torch.ones_like(y))
-            assert_near(x.grad, torch.ones(33, n).double() @ w, torch.ones(33, n).double() @ w.abs(), n)
+@pytest.mark.parametrize(
+    ("n", "k", "rows"),
+    [(129, 320, 33), (300, 1504, 40), (37, 1501, 25), (17, 2080, 9), (260, 257, 11), (16, 8192, 600), (520, 32, 100)],
+)
+def test_products_in_many_blocks(isa, n, k, rows):
+    """More columns than a block, a deeper sum than a panel, more rows than are packed at once; aligned or not."""
+    arguments, w = weight(n, k, nested=True)
+    for dtype in DTYPES:
+        x = torch.randn(rows, k).to(dtype).requires_grad_()
+        y = linear_4bit(x, *arguments, torch.zeros(n))
+        xd = x.detach().double()
+        assert_near(y.detach(), xd @ w.T, xd.abs() @ w.T.abs(), k)
+        dy = torch.randn(rows, n).to(dtype)
+        y.backward(dy)
+        assert_near(x.grad, dy.double() @ w, dy.double().abs() @ w.abs(), n)
 
 
 def test_strided_inputs():
@@ -140,16 +142,19 @@ def test_threads_have_workspaces_of_their_own():
 
 def test_repeats_bit_for_bit_and_for_any_number_of_threads():
     arguments, _ = weight(700, 576)
-    x = torch.randn(3, 576)
     before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(linear_4bit(x, *arguments))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(r, results[0]) for r in results)
+    for rows in (3, 150):
+        x = torch.randn(rows, 576, requires_grad=True)
+        try:
+            results = []
+            for threads in (1, 2, 3, 16):
+                torch.set_num_threads(threads)
+                y = linear_4bit(x, *arguments)
+                results.append((y, *torch.autograd.grad(y.sum(), x)))
+        finally:
+            torch.set_num_threads(before)
+        for y, dx in results:
+            assert torch.equal(y, results[0][0]) and torch.equal(dx, results[0][1])
 
 
 @pytest.mark.parametrize("rows", [1, 40])

@@ -1,0 +1,239 @@
+#include "core/gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "core/dispatch.h"
+#include "core/float16.h"
+#include "core/parallel.h"
+#include "core/simd_avx2.h"
+#include "core/simd_avx512.h"
+
+namespace pyqlora::cpu {
+
+namespace scalar {
+namespace {
+
+constexpr int64_t kRows = 4, kColumns = 8;
+
+void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+    float sum[kRows][kColumns] = {};
+    for (int64_t d = 0; d < depth; ++d, a += kRows, b += kColumns)
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < kColumns; ++i) sum[r][i] += a[r] * b[i];
+    for (int r = 0; r < kRows; ++r, c += stride)
+        for (int i = 0; i < kColumns; ++i) c[i] = add ? c[i] + sum[r][i] : sum[r][i];
+}
+
+void interleave(const float* lines, int64_t width, int64_t depth, float* out) {
+    for (int64_t d = 0; d < depth; ++d)
+        for (int64_t line = 0; line < width; ++line) *out++ = lines[line * kReadStep + d];
+}
+
+template <class T>
+void to_floats(const T* x, int64_t count, float scale, float* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(x[i]) * scale;
+}
+
+template <class T, class Other>
+void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
+    for (int64_t i = 0; i < count; ++i) y[i] = from_float<T>(other ? c[i] + to_float(other[i]) : c[i]);
+}
+
+}  // namespace
+}  // namespace scalar
+
+#if PYQLORA_X86
+PYQLORA_TARGET(PYQLORA_AVX2)
+namespace avx2 {
+namespace {
+#include "core/gemm_simd.inl"
+}  // namespace
+}  // namespace avx2
+PYQLORA_TARGET_END
+
+PYQLORA_TARGET(PYQLORA_AVX512)
+namespace avx512 {
+namespace {
+#include "core/gemm_simd.inl"
+}  // namespace
+}  // namespace avx512
+PYQLORA_TARGET_END
+#endif
+
+namespace {
+
+constexpr int64_t kDepth = 256;             // of a panel, which then stays in the first cache
+constexpr int64_t kBlock = 128;             // columns of C whose panels a thread holds in its second cache
+constexpr int64_t kStripBytes = 1 << 18;    // of a group of strips that run past one panel after the other
+constexpr int64_t kPackedBytes = 16 << 20;  // of all strips together
+
+// Memory that a thread keeps from one product to the next.
+class Workspace {
+  public:
+    float* floats(int64_t count) {
+        if (count > size_) {
+            memory_.reset();
+            memory_.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(count * 4, 64) * 64)));
+            size_ = memory_ ? count : 0;
+            if (!memory_) throw std::bad_alloc();
+        }
+        return memory_.get();
+    }
+
+  private:
+    struct Free {
+        void operator()(float* p) const { std::free(p); }
+    };
+    std::unique_ptr<float[], Free> memory_;
+    int64_t size_ = 0;
+};
+
+int64_t round_up(int64_t x, int64_t step) { return ceil_div(x, step) * step; }
+
+// Rows [first, first + count) of C.
+void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Term>& terms, int threads) {
+    const auto tile = PYQLORA_SELECT(tile);
+    const int64_t width = tile_rows(), columns = tile_columns(), strips = ceil_div(count, width);
+    int64_t depths = 0, deepest = 0;
+    for (const Term& t : terms) {
+        depths += t.depth;
+        deepest = std::max(deepest, std::min(t.depth, kDepth));
+    }
+    // The strips of all terms, one term after the other.
+    static thread_local Workspace shared;
+    float* const packed = shared.floats(strips * width * depths);
+    for (int64_t t = 0, done = 0; t < static_cast<int64_t>(terms.size()); done += terms[t++].depth) {
+        const int64_t depth = terms[t].depth;
+        float* const out = packed + strips * width * done;
+        parallel_for(threads, strips, std::max<int64_t>(1, (1 << 14) / (width * depth)), [&](int64_t s, int64_t end) {
+            const int64_t row = s * width;
+            terms[t].a({first + row, std::min(end * width, count) - row, 0, depth, width}, out + row * depth);
+        });
+    }
+    // Work is shared out by blocks of columns and, where those are too few, by parts of the rows.
+    const int64_t blocks = ceil_div(n, kBlock);
+    const int64_t parts = threads > 1 ? std::clamp<int64_t>(2 * threads / blocks, 1, ceil_div(strips, 8)) : 1;
+    const int64_t part_strips = ceil_div(strips, parts);
+    parallel_for(threads, blocks * parts, 1, [&](int64_t job, int64_t end) {
+        static thread_local Workspace own;
+        const int64_t wide = round_up(std::min(kBlock, n), columns);
+        float* const panels = own.floats((deepest + part_strips * width) * wide);
+        float* const c = panels + deepest * wide;
+        for (; job < end; ++job) {
+            const int64_t left = job % blocks * kBlock, here = std::min(kBlock, n - left);
+            const int64_t begin = job / blocks * part_strips, stop = std::min(begin + part_strips, strips);
+            const int64_t rows = std::min(stop * width, count) - begin * width;
+            bool add = false;
+            int64_t done = 0;
+            for (const Term& term : terms) {
+                const int64_t slices = ceil_div(term.depth, kDepth);
+                const int64_t step = round_up(ceil_div(term.depth, slices), kReadStep);
+                for (int64_t from = 0; from < term.depth; from += step, add = true) {
+                    const int64_t depth = std::min(step, term.depth - from);
+                    const int64_t group = std::max<int64_t>(1, kStripBytes / (4 * width * depth));
+                    term.b({left, here, from, depth, columns}, panels);
+                    for (int64_t s = begin; s < stop; s += group)
+                        for (int64_t j = 0; j < here; j += columns)
+                            for (int64_t i = s; i < std::min(s + group, stop); ++i)
+                                tile(depth, packed + (strips * done + i * term.depth + from) * width,
+                                     panels + j * depth, c + (i - begin) * width * wide + j, wide, add);
+                }
+                if (term.then)
+                    for (int64_t i = 0; i < rows; ++i) term.then(first + begin * width + i, left, here, c + i * wide);
+                done += term.depth;
+            }
+        }
+    });
+}
+
+}  // namespace
+
+int64_t tile_rows() { return PYQLORA_SELECT(kRows); }
+int64_t tile_columns() { return PYQLORA_SELECT(kColumns); }
+
+Pack pack_along(ReadLine read) {
+    return [read = std::move(read), interleave = PYQLORA_SELECT(interleave)](const Slab& slab, float* out) {
+        constexpr int64_t kWidest = 32;
+        alignas(64) float lines[kWidest * kReadStep];
+        for (int64_t line = 0; line < slab.count; line += slab.width) {
+            const int64_t lines_here = std::min(slab.width, slab.count - line);
+            // Lines that are not there are zero, also those that fill up the last eight.
+            std::fill_n(lines + lines_here * kReadStep, (round_up(slab.width, 8) - lines_here) * kReadStep, 0.0f);
+            for (int64_t d = 0; d < slab.depth; d += kReadStep) {
+                const int64_t steps = std::min(kReadStep, slab.depth - d);
+                for (int64_t i = 0; i < lines_here; ++i)
+                    read(slab.first + line + i, slab.from + d, steps, lines + i * kReadStep);
+                interleave(lines, slab.width, steps, out + d * slab.width);
+            }
+            out += slab.width * slab.depth;
+        }
+    };
+}
+
+Pack pack_across(ReadLine read) {
+    return [read = std::move(read)](const Slab& slab, float* out) {
+        constexpr int64_t kStep = 4 * kReadStep;
+        alignas(64) float line[kStep + 32] = {};
+        for (int64_t i = 0; i < slab.count; i += kStep) {
+            const int64_t here = std::min(kStep, slab.count - i);
+            std::fill_n(line + here, 32, 0.0f);
+            for (int64_t d = 0; d < slab.depth; ++d) {
+                read(slab.from + d, slab.first + i, here, line);
+                for (int64_t j = 0; j < here; j += slab.width)
+                    std::copy_n(line + j, slab.width, out + (i + j) * slab.depth + d * slab.width);
+            }
+        }
+    };
+}
+
+ReadLine rows_of(const TensorRef& matrix, int64_t columns, float scale) {
+    ReadLine read;
+    dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const auto convert = PYQLORA_SELECT(to_floats<T>);
+        read = [=, x = matrix.as<T>()](int64_t line, int64_t first, int64_t count, float* out) {
+            convert(x + line * columns + first, count, scale, out);
+        };
+    });
+    return read;
+}
+
+void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads) {
+    int64_t depths = 0;
+    for (const Term& t : terms) depths += t.depth;
+    const int64_t rows =
+        std::max(tile_rows(), kPackedBytes / (4 * std::max<int64_t>(depths, 1)) / tile_rows() * tile_rows());
+    // Chunks of equal size: a small last one would decode all of B for little.
+    const int64_t chunk = m ? round_up(ceil_div(m, ceil_div(m, rows)), tile_rows()) : 1;
+    for (int64_t first = 0; first < m; first += chunk)
+        multiply_rows(first, std::min(chunk, m - first), n, terms, threads);
+}
+
+OnRow store_to(const TensorRef& matrix, int64_t columns, const float* bias) {
+    OnRow store;
+    dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const auto add = PYQLORA_SELECT(add_rounded<T, float>);
+        store = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
+            add(c, bias ? bias + first : nullptr, count, y + row * columns + first);
+        };
+    });
+    return store;
+}
+
+OnRow add_to(const TensorRef& matrix, int64_t columns) {
+    OnRow store;
+    dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        const auto add = PYQLORA_SELECT(add_rounded<T, T>);
+        store = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
+            add(c, y + row * columns + first, count, y + row * columns + first);
+        };
+    });
+    return store;
+}
+
+}  // namespace pyqlora::cpu

@@ -1,0 +1,57 @@
+// Float32 matrix products whose operands are made piece by piece where they are needed: decoded from 4 bits, converted
+// from 16, dropped. C = A1·B1 + A2·B2 + … is computed in tiles; nothing of the size of a decoded operand is ever held.
+//
+// Packed operands. A is cut into strips of tile_rows() rows, B into panels of tile_columns() columns; both are stored
+// with the depth (the index that is summed over) outside, [depth][width], and zeros behind the last row or column:
+//
+//     strip   a(0,0) a(1,0) … a(5,0)   a(0,1) a(1,1) … a(5,1)   …
+//     panel   b(0,0) b(0,1) … b(0,15)  b(1,0) b(1,1) … b(1,15)  …
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace pyqlora::cpu {
+
+int64_t tile_rows();
+int64_t tile_columns();
+
+// Rows of A or columns of B [first, first + count), over the depth [from, from + depth), in packs `width` wide.
+struct Slab {
+    int64_t first, count, from, depth, width;
+
+    int64_t packs() const { return ceil_div(count, width); }
+    int64_t floats() const { return packs() * width * depth; }
+};
+using Pack = std::function<void(const Slab&, float* out)>;
+
+// Elements [first, first + count) of a line of a matrix in memory; `first` is a multiple of kReadStep.
+using ReadLine = std::function<void(int64_t line, int64_t first, int64_t count, float* out)>;
+constexpr int64_t kReadStep = 64;
+
+Pack pack_along(ReadLine read);   // a line is a row of A or a column of B: the depth runs along it
+Pack pack_across(ReadLine read);  // a line is one step of the depth
+
+// The rows of an f32, f16 or bf16 matrix of this many columns, each value times `scale`.
+ReadLine rows_of(const TensorRef& matrix, int64_t columns, float scale = 1.0f);
+
+// What happens to C: elements [first, first + count) of a row, in place or to be stored away.
+using OnRow = std::function<void(int64_t row, int64_t first, int64_t count, float* c)>;
+
+struct Term {
+    int64_t depth;
+    Pack a, b;
+    OnRow then;  // after this term was added, may be empty
+};
+
+// C [m, n] = the sum of the terms in their order; the last term's `then` takes the result. `then` is called for every
+// element of C once, from several threads. The same bits for any number of threads.
+void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads);
+
+// `then` that writes C, plus `bias` [n] if it is not null, or plus what is there, to an f32, f16 or bf16 matrix.
+OnRow store_to(const TensorRef& matrix, int64_t columns, const float* bias);
+OnRow add_to(const TensorRef& matrix, int64_t columns);
+
+}  // namespace pyqlora::cpu

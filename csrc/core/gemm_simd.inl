@@ -1,0 +1,95 @@
+// The inner loops of gemm.cpp over a `Simd`: included once for each instruction set, inside its namespace and target
+// region.
+
+constexpr int64_t kRows = Simd::tile_rows, kColumns = 2 * Simd::width;
+
+// c [kRows, kColumns] = (or +=) strip · panel.
+inline void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+    Simd::Floats sum[kRows][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Simd::zero();
+    for (int64_t d = 0; d < depth; ++d, a += kRows, b += kColumns) {
+        const Simd::Floats left = Simd::load(b), right = Simd::load(b + Simd::width);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const Simd::Floats x = Simd::set(a[r]);
+            sum[r][0] = Simd::fma(x, left, sum[r][0]);
+            sum[r][1] = Simd::fma(x, right, sum[r][1]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r, c += stride) {
+        if (add) {
+            sum[r][0] = Simd::add(sum[r][0], Simd::load(c));
+            sum[r][1] = Simd::add(sum[r][1], Simd::load(c + Simd::width));
+        }
+        Simd::store(c, sum[r][0]);
+        Simd::store(c + Simd::width, sum[r][1]);
+    }
+}
+
+// Eight vectors of eight: out[i] lane j = in[j] lane i.
+inline void transpose8(const float* in, int64_t stride, __m256* out) {
+    __m256 r[8], s[8];
+    for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(in + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_shuffle_ps(s[i], s[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(s[i], s[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(s[i + 1], s[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        out[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
+        out[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
+    }
+}
+
+// `width` lines, kReadStep apart, of `depth` values each, to [depth][width]; width is even, and lines are whole: there
+// are eights of them, and they are kReadStep long.
+inline void interleave(const float* lines, int64_t width, int64_t depth, float* out) {
+    for (int64_t d = 0; d < depth; d += 8) {
+        const int64_t steps = std::min<int64_t>(8, depth - d);
+        for (int64_t line = 0; line < width; line += 8) {
+            __m256 columns[8];
+            transpose8(lines + line * kReadStep + d, kReadStep, columns);
+            float* to = out + d * width + line;
+            for (int64_t i = 0; i < steps; ++i, to += width) {
+                if (width - line >= 8) {
+                    _mm256_storeu_ps(to, columns[i]);
+                    continue;
+                }
+                int64_t done = 0;
+                __m128 rest = _mm256_castps256_ps128(columns[i]);
+                if (width - line >= 4) {
+                    _mm_storeu_ps(to, rest);
+                    rest = _mm256_extractf128_ps(columns[i], 1);
+                    done = 4;
+                }
+                if (width - line > done) _mm_storel_pi(reinterpret_cast<__m64*>(to + done), rest);
+            }
+        }
+    }
+}
+
+template <class T>
+void to_floats(const T* x, int64_t count, float scale, float* out) {
+    const Simd::Floats s = Simd::set(scale);
+    int64_t i = 0;
+    for (; i + Simd::width <= count; i += Simd::width) Simd::store(out + i, Simd::mul(Simd::load(x + i), s));
+    for (; i < count; ++i) out[i] = to_float(x[i]) * scale;
+}
+
+// y = c + other, rounded to T; `other` may be null.
+template <class T, class Other>
+void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
+    int64_t i = 0;
+    for (; i + Simd::width <= count; i += Simd::width) {
+        const Simd::Floats x = Simd::load(c + i);
+        Simd::store(y + i, other ? Simd::add(x, Simd::load(other + i)) : x);
+    }
+    for (; i < count; ++i) y[i] = from_float<T>(other ? c[i] + to_float(other[i]) : c[i]);
+}
