@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pyqlora.config import LoraConfig
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.nn.linear4bit import Linear4bit
-from pyqlora.ops.backend import on_gpu
 from pyqlora.ops.lora_linear import lora_linear
 from pyqlora.ops.lora_rows import lora_rows
 from pyqlora.rows import row_adapters
@@ -36,7 +35,7 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
-        plain = isinstance(base, Linear4bit) and on_gpu(x) and not (args or kwargs or row_adapters.get())
+        plain = isinstance(base, Linear4bit) and not (args or kwargs or row_adapters.get())
         names = self.updating() if plain and not (base._forward_hooks or base._forward_pre_hooks) else ()
         if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
             a, b, scaling = self.factors_and_scaling(names[0])

@@ -83,7 +83,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
 
         See `pyqlora.ops.lora_linear_4bit`.
         """
-        if self.compute_dtype not in (None, x.dtype) or not serves(x):
+        if self.compute_dtype not in (None, x.dtype) or not serves(x, a, b):
             return None
         state = self._state()
         with torch._C.DisableTorchFunctionSubclass():

@@ -41,21 +41,35 @@ def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
         raise ValueError(f"linear_4bit: {arg}: expected a last dimension of {columns}, got shape {list(x.shape)}")
 
 
-def _forward(
-    x, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, blocksize, quant_type, shape, bias
+def forward(
+    x,
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    offset,
+    nested_blocksize,
+    blocksize,
+    quant_type,
+    shape,
+    bias,
+    update=None,
 ) -> Tensor:
+    """The kernels' call. `update` is (s [M, r] in float32, on a GPU in x's dtype, B [N, r]): s·Bᵀ is added."""
     n, k = shape
     _check("x", x, k, shape)
     module, context = native(x)
     scales = (absmax, nested_absmax, nested_code, offset, nested_blocksize)
     if module is not _C.cpu:
-        return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias)
+        return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias, update)
     y = x.new_empty((*x.shape[:-1], n))
-    module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, None, None, context)
+    s, b = update or (None, None)
+    module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, s, b, context)
     return y
 
 
-def _backward(dy: Tensor, *weight_shape) -> Tensor:
+def backward(dy: Tensor, *weight_shape) -> Tensor:
+    """dx for dy [..., N]."""
     *weight, shape = weight_shape
     n, k = shape
     _check("dy", dy, n, shape)
@@ -68,8 +82,8 @@ def _backward(dy: Tensor, *weight_shape) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
-    library.impl("linear_4bit", _forward, _key)
-    library.impl("linear_4bit_backward", _backward, _key)
+    library.impl("linear_4bit", forward, _key)
+    library.impl("linear_4bit_backward", backward, _key)
 
 
 def _save(ctx, inputs, output):
@@ -83,8 +97,8 @@ def _grads(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         direct = is_plain(dy) and not torch.is_grad_enabled()
-        backward = _backward if direct else torch.ops.pyqlora.linear_4bit_backward
-        dx = backward(dy, *ctx.saved_tensors, *ctx.rest)
+        dx_of = backward if direct else torch.ops.pyqlora.linear_4bit_backward
+        dx = dx_of(dy, *ctx.saved_tensors, *ctx.rest)
     if ctx.needs_input_grad[10]:
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return (dx, *(None,) * 9, dbias)
@@ -110,7 +124,7 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _save(ctx, inputs, None)
-        return _forward(*inputs)
+        return forward(*inputs)
 
     backward = staticmethod(_grads)
 
@@ -144,4 +158,4 @@ def linear_4bit(
         return torch.ops.pyqlora.linear_4bit(*inputs)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear4bit.apply(*inputs)
-    return _forward(*inputs)
+    return forward(*inputs)

@@ -1,7 +1,7 @@
-"""lora_linear on a 4-bit weight in one function, where CUDA kernels serve x: y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ.
+"""lora_linear on a 4-bit weight in one function: y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ.
 
-Few rows: the update is part of the kernel that multiplies with W. Many: it is added to that product in place. Backward,
-the update's part of dx is added to that of W in place, and x is all that is kept of the size of x or y.
+The update is part of the kernel that multiplies with W; on a GPU for few rows only, for many it is added to the product
+in place. Backward, the update's part of dx is added to that of W in place, and x is all that is kept of its size.
 """
 
 from __future__ import annotations
@@ -10,24 +10,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyqlora.ops import linear_4bit_cuda, lora_linear
-from pyqlora.ops import lora_linear_cuda as kernels
+from pyqlora.ops import linear_4bit, lora_linear, lora_linear_cpu, lora_linear_cuda
 from pyqlora.ops.backend import is_plain, on_gpu
 
 
-def serves(x: Tensor) -> bool:
-    """Whether `lora_linear_4bit` takes x; elsewhere linear_4bit and lora_linear follow each other."""
-    return on_gpu(x) and is_plain(x) and not torch.is_autocast_enabled(x.device.type) and kernels.serves(x)
+def serves(x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether `lora_linear_4bit` takes x and the factors; elsewhere linear_4bit and lora_linear follow each other."""
+    if not is_plain(x):
+        return False
+    if on_gpu(x):
+        return not torch.is_autocast_enabled(x.device.type) and lora_linear_cuda.serves(x)
+    return lora_linear_cpu.serves(x, a, b)
+
+
+def _forward(x, a, b, bias, weight, shape, scaling, dropout, seed) -> tuple[Tensor, Tensor]:
+    """(y, h = scaling · drop(x)·Aᵀ)"""
+    h = lora_linear.down(x, a, scaling, dropout, seed, lora_linear.update_dtype(x, a))
+    return linear_4bit.forward(x, *weight, shape, bias, (h, b.contiguous())), h
 
 
 class _LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, bias, weight, shape, scaling, dropout, seed):
-        h = lora_linear.down(x, a, scaling, dropout, seed, x.dtype)
+        y, h = _forward(x, a, b, bias, weight, shape, scaling, dropout, seed)
         ctx.save_for_backward(x, h, a, b, seed, *weight[:5])
         ctx.rest, ctx.shape, ctx.scaling, ctx.dropout = weight[5:], shape, scaling, dropout
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return linear_4bit_cuda.forward(x, weight, shape, bias, (h, b.contiguous()))
+        return y
 
     @staticmethod
     @once_differentiable
@@ -36,9 +45,9 @@ class _LoraLinear4bit(torch.autograd.Function):
         need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
         dx = dbias = None
         if need_x:
-            dx = torch.matmul(dy, linear_4bit_cuda.whole((*scales, *ctx.rest), ctx.shape, dy.dtype))
+            dx = linear_4bit.backward(dy, *scales, *ctx.rest, ctx.shape)
         dx, da, db = lora_linear.gradients(
-            dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, x.dtype, need_x, need_a, need_b, dx
+            dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, h.dtype, need_x, need_a, need_b, dx
         )
         if need_bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
@@ -58,7 +67,7 @@ def lora_linear_4bit(
     """x·Wᵀ + bias + scaling · (drop(x)·Aᵀ)·Bᵀ for an x that `serves`.
 
     Args:
-        x: [..., K] in fp16 or bf16, on a GPU.
+        x: [..., K]; on a GPU in fp16 or bf16.
         weight: W as in `pyqlora.ops.linear_4bit`: packed to quant_type.
         shape: [N, K] of W.
         bias: [N] or None.
@@ -73,4 +82,6 @@ def lora_linear_4bit(
         ValueError: an argument has the wrong dtype, device or size; the message names it.
     """
     seed = lora_linear.draw_seed(x, dropout)
+    if not torch.is_grad_enabled():
+        return _forward(x, a, b, bias, weight, shape, scaling, dropout, seed)[0]
     return _LoraLinear4bit.apply(x, a, b, bias, weight, shape, scaling, dropout, seed)
