@@ -34,7 +34,7 @@ class Linear(LoraLayer):
         self.lora_B[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
+        base = self._modules["base_layer"]
         plain = isinstance(base, Linear4bit) and not (args or kwargs or row_adapters.get())
         names = self.updating() if plain and not (base._forward_hooks or base._forward_pre_hooks) else ()
         if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
@@ -43,6 +43,12 @@ class Linear(LoraLayer):
             if result is not None:
                 return result
         return super().forward(x, *args, **kwargs)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        # As lora_A[name].weight, without the four lookups by __getattr__ that would take longer than a small product.
+        modules = self._modules
+        a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
+        return (a["weight"], b["weight"]) if "weight" in a and "weight" in b else super().factors(name)
 
     def factors_and_scaling(self, name: str) -> tuple[Tensor, Tensor, float]:
         """A, B and the factor of their product."""

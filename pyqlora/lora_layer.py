@@ -357,8 +357,8 @@ class LoraLayer(nn.Module):
 
     def dropout_of(self, name: str) -> float:
         """The probability of the adapter's dropout, 0 outside training."""
-        layer = self.lora_dropout[name]
-        return layer.p if isinstance(layer, nn.Dropout) and layer.training else 0.0
+        layer = self._modules["lora_dropout"]._modules[name]
+        return layer.p if layer.training and isinstance(layer, nn.Dropout) else 0.0
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()

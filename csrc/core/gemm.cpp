@@ -27,9 +27,22 @@ void tile(int64_t depth, const float* a, const float* b, float* c, int64_t strid
         for (int i = 0; i < kColumns; ++i) c[i] = add ? c[i] + sum[r][i] : sum[r][i];
 }
 
-void interleave(const float* lines, int64_t width, int64_t depth, float* out) {
+void interleave(const float* lines, int64_t stride, int64_t width, int64_t depth, float* out) {
     for (int64_t d = 0; d < depth; ++d)
-        for (int64_t line = 0; line < width; ++line) *out++ = lines[line * kReadStep + d];
+        for (int64_t line = 0; line < width; ++line) *out++ = lines[line * stride + d];
+}
+
+void gather(const float* lines, int64_t stride, int64_t depth, float* out) {
+    for (int64_t d = 0; d < depth; ++d, lines += stride, out += kColumns) std::copy_n(lines, kColumns, out);
+}
+
+float dot(const float* x, const float* w, int64_t k) {
+    float sum[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8)
+        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * w[i + j];
+    for (; i < k; ++i) sum[0] += x[i] * w[i];
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
 }
 
 template <class T>
@@ -151,54 +164,71 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
 
 }  // namespace
 
+Dot row_dot() { return PYQLORA_SELECT(dot); }
+
 int64_t tile_rows() { return PYQLORA_SELECT(kRows); }
 int64_t tile_columns() { return PYQLORA_SELECT(kColumns); }
 
-Pack pack_along(ReadLine read) {
-    return [read = std::move(read), interleave = PYQLORA_SELECT(interleave)](const Slab& slab, float* out) {
+Pack pack_along(Lines lines) {
+    return [lines = std::move(lines), interleave = PYQLORA_SELECT(interleave)](const Slab& slab, float* out) {
         constexpr int64_t kWidest = 32;
-        alignas(64) float lines[kWidest * kReadStep];
-        for (int64_t line = 0; line < slab.count; line += slab.width) {
-            const int64_t lines_here = std::min(slab.width, slab.count - line);
+        alignas(64) float staged[kWidest * kReadStep];
+        const int64_t filled = round_up(slab.width, 8);
+        for (int64_t line = 0; line < slab.count; line += slab.width, out += slab.width * slab.depth) {
+            int64_t d = 0;
+            if (lines.plain && line + filled <= slab.count) {
+                d = slab.depth / 8 * 8;
+                const float* first = lines.plain + (slab.first + line) * lines.stride + slab.from;
+                interleave(first, lines.stride, slab.width, d, out);
+            }
+            const int64_t here = std::min(slab.width, slab.count - line);
             // Lines that are not there are zero, also those that fill up the last eight.
-            std::fill_n(lines + lines_here * kReadStep, (round_up(slab.width, 8) - lines_here) * kReadStep, 0.0f);
-            for (int64_t d = 0; d < slab.depth; d += kReadStep) {
+            if (d < slab.depth) std::fill_n(staged + here * kReadStep, (filled - here) * kReadStep, 0.0f);
+            for (; d < slab.depth; d += kReadStep) {
                 const int64_t steps = std::min(kReadStep, slab.depth - d);
-                for (int64_t i = 0; i < lines_here; ++i)
-                    read(slab.first + line + i, slab.from + d, steps, lines + i * kReadStep);
-                interleave(lines, slab.width, steps, out + d * slab.width);
+                for (int64_t i = 0; i < here; ++i)
+                    lines.read(slab.first + line + i, slab.from + d, steps, staged + i * kReadStep);
+                interleave(staged, kReadStep, slab.width, steps, out + d * slab.width);
             }
-            out += slab.width * slab.depth;
         }
     };
 }
 
-Pack pack_across(ReadLine read) {
-    return [read = std::move(read)](const Slab& slab, float* out) {
+Pack pack_across(Lines lines) {
+    return [lines = std::move(lines), gather = PYQLORA_SELECT(gather)](const Slab& slab, float* out) {
         constexpr int64_t kStep = 4 * kReadStep;
-        alignas(64) float line[kStep + 32] = {};
-        for (int64_t i = 0; i < slab.count; i += kStep) {
-            const int64_t here = std::min(kStep, slab.count - i);
-            std::fill_n(line + here, 32, 0.0f);
+        alignas(64) float staged[kStep + 32] = {};
+        int64_t column = 0;
+        if (lines.plain && slab.width == tile_columns())
+            for (; column + slab.width <= slab.count; column += slab.width)
+                gather(lines.plain + slab.from * lines.stride + slab.first + column, lines.stride, slab.depth,
+                       out + column * slab.depth);
+        for (int64_t here; column < slab.count; column += here) {
+            here = std::min(kStep, slab.count - column);
+            std::fill_n(staged + here, 32, 0.0f);
             for (int64_t d = 0; d < slab.depth; ++d) {
-                read(slab.from + d, slab.first + i, here, line);
+                lines.read(slab.from + d, slab.first + column, here, staged);
                 for (int64_t j = 0; j < here; j += slab.width)
-                    std::copy_n(line + j, slab.width, out + (i + j) * slab.depth + d * slab.width);
+                    std::copy_n(staged + j, slab.width, out + (column + j) * slab.depth + d * slab.width);
             }
         }
     };
 }
 
-ReadLine rows_of(const TensorRef& matrix, int64_t columns, float scale) {
-    ReadLine read;
+Lines rows_of(const TensorRef& matrix, int64_t columns, float scale) {
+    Lines lines;
     dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto convert = PYQLORA_SELECT(to_floats<T>);
-        read = [=, x = matrix.as<T>()](int64_t line, int64_t first, int64_t count, float* out) {
+        lines.read = [=, x = matrix.as<T>()](int64_t line, int64_t first, int64_t count, float* out) {
             convert(x + line * columns + first, count, scale, out);
         };
     });
-    return read;
+    if (matrix.dtype == DType::f32 && scale == 1.0f) {
+        lines.plain = matrix.as<float>();
+        lines.stride = columns;
+    }
+    return lines;
 }
 
 void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads) {

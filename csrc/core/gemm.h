@@ -15,6 +15,10 @@
 
 namespace pyqlora::cpu {
 
+// The product of two rows of k values, for what is too small to be packed.
+using Dot = float (*)(const float* x, const float* y, int64_t k);
+Dot row_dot();
+
 int64_t tile_rows();
 int64_t tile_columns();
 
@@ -27,15 +31,21 @@ struct Slab {
 };
 using Pack = std::function<void(const Slab&, float* out)>;
 
-// Elements [first, first + count) of a line of a matrix in memory; `first` is a multiple of kReadStep.
-using ReadLine = std::function<void(int64_t line, int64_t first, int64_t count, float* out)>;
+// A matrix in memory, line by line: `read` gives elements [first, first + count) of a line, where `first` is a multiple
+// of kReadStep along the depth and over the columns of B. Where it would only copy float32 values, they can be had at
+// `plain` + line * stride too.
+struct Lines {
+    std::function<void(int64_t line, int64_t first, int64_t count, float* out)> read;
+    const float* plain = nullptr;
+    int64_t stride = 0;
+};
 constexpr int64_t kReadStep = 64;
 
-Pack pack_along(ReadLine read);   // a line is a row of A or a column of B: the depth runs along it
-Pack pack_across(ReadLine read);  // a line is one step of the depth
+Pack pack_along(Lines lines);   // a line is a row of A or a column of B: the depth runs along it
+Pack pack_across(Lines lines);  // a line is one step of the depth
 
 // The rows of an f32, f16 or bf16 matrix of this many columns, each value times `scale`.
-ReadLine rows_of(const TensorRef& matrix, int64_t columns, float scale = 1.0f);
+Lines rows_of(const TensorRef& matrix, int64_t columns, float scale = 1.0f);
 
 // What happens to C: elements [first, first + count) of a row, in place or to be stored away.
 using OnRow = std::function<void(int64_t row, int64_t first, int64_t count, float* c)>;

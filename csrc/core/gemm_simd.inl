@@ -48,14 +48,14 @@ inline void transpose8(const float* in, int64_t stride, __m256* out) {
     }
 }
 
-// `width` lines, kReadStep apart, of `depth` values each, to [depth][width]; width is even, and lines are whole: there
-// are eights of them, and they are kReadStep long.
-inline void interleave(const float* lines, int64_t width, int64_t depth, float* out) {
+// `width` lines, `stride` apart, of `depth` values each, to [depth][width]; width is even, and there are lines to read
+// (not to write) up to a multiple of 8, of a length that is one too.
+inline void interleave(const float* lines, int64_t stride, int64_t width, int64_t depth, float* out) {
     for (int64_t d = 0; d < depth; d += 8) {
         const int64_t steps = std::min<int64_t>(8, depth - d);
         for (int64_t line = 0; line < width; line += 8) {
             __m256 columns[8];
-            transpose8(lines + line * kReadStep + d, kReadStep, columns);
+            transpose8(lines + line * stride + d, stride, columns);
             float* to = out + d * width + line;
             for (int64_t i = 0; i < steps; ++i, to += width) {
                 if (width - line >= 8) {
@@ -72,6 +72,14 @@ inline void interleave(const float* lines, int64_t width, int64_t depth, float* 
                 if (width - line > done) _mm_storel_pi(reinterpret_cast<__m64*>(to + done), rest);
             }
         }
+    }
+}
+
+// A panel's columns of `depth` lines, `stride` apart, to [depth][kColumns].
+inline void gather(const float* lines, int64_t stride, int64_t depth, float* out) {
+    for (int64_t d = 0; d < depth; ++d, lines += stride, out += kColumns) {
+        Simd::store(out, Simd::load(lines));
+        Simd::store(out + Simd::width, Simd::load(lines + Simd::width));
     }
 }
 
@@ -92,4 +100,15 @@ void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
         Simd::store(y + i, other ? Simd::add(x, Simd::load(other + i)) : x);
     }
     for (; i < count; ++i) y[i] = from_float<T>(other ? c[i] + to_float(other[i]) : c[i]);
+}
+
+inline float dot(const float* x, const float* w, int64_t k) {
+    Simd::Floats sum[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
+    int64_t i = 0;
+    for (; i + 4 * Simd::width <= k; i += 4 * Simd::width)
+        for (int r = 0; r < 4; ++r)
+            sum[r] = Simd::fma(Simd::load(w + i + Simd::width * r), Simd::load(x + i + Simd::width * r), sum[r]);
+    float tail = 0;
+    for (; i < k; ++i) tail += x[i] * w[i];
+    return Simd::sum(Simd::add(Simd::add(sum[0], sum[1]), Simd::add(sum[2], sum[3]))) + tail;
 }

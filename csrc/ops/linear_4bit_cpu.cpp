@@ -28,15 +28,6 @@ constexpr std::nullptr_t dot_spread = nullptr;
 constexpr std::nullptr_t spread_row = nullptr;
 constexpr int64_t kWords = 1;
 
-float dot(const float* x, const float* w, int64_t k) {
-    float sum[8] = {};
-    int64_t i = 0;
-    for (; i + 8 <= k; i += 8)
-        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * w[i + j];
-    for (; i < k; ++i) sum[0] += x[i] * w[i];
-    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
-}
-
 }  // namespace
 }  // namespace scalar
 
@@ -104,7 +95,7 @@ std::unique_ptr<float[]> low_rank_update(const Linear4bitArgs& a) {
     if (!a.b.defined()) return nullptr;
     std::unique_ptr<float[]> s_floats, b_floats, update(new float[a.m() * a.n]);
     const float *s = as_floats(a.s, s_floats), *b = as_floats(a.b, b_floats);
-    const auto dot = PYQLORA_SELECT(dot);
+    const Dot dot = row_dot();
     for (int64_t i = 0; i < a.m(); ++i)
         for (int64_t n = 0; n < a.n; ++n) update[i * a.n + n] = dot(s + i * a.rank(), b + n * a.rank(), a.rank());
     return update;
@@ -118,7 +109,7 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     const std::unique_ptr<float[]> update = low_rank_update(a);
     const int rows = static_cast<int>(a.m());
     const int64_t k = a.k;
-    const auto dot = PYQLORA_SELECT(dot);
+    const Dot dot = row_dot();
     DotPacked dot_packed = nullptr;
     if (k % 32 == 0)
         dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });

@@ -41,11 +41,11 @@ namespace {
 
 using PackWeight = void (*)(const Weight&, const Slab&, float*);
 
-ReadLine decoded_rows(const Weight& w) {
-    return [w](int64_t row, int64_t first, int64_t count, float* out) {
+Lines decoded_rows(const Weight& w) {
+    return {[w](int64_t row, int64_t first, int64_t count, float* out) {
         const int64_t begin = row * w.k + first;
         decode_4bit(w.packed, w.scale, w.type, w.blocksize, begin, begin + count, out);
-    };
+    }};
 }
 
 }  // namespace

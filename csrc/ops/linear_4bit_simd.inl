@@ -90,15 +90,3 @@ void dot_packed(int m, const float* x, int64_t k, const uint8_t* packed, const f
                 int64_t row, float* y) {
     dot_rows<Q, kMaxRows>(m, x, k, packed, scales, blocksize, row, y);
 }
-
-// The product of two float rows.
-inline float dot(const float* x, const float* w, int64_t k) {
-    Simd::Floats sum[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
-    int64_t i = 0;
-    for (; i + 4 * Simd::width <= k; i += 4 * Simd::width)
-        for (int r = 0; r < 4; ++r)
-            sum[r] = Simd::fma(Simd::load(w + i + Simd::width * r), Simd::load(x + i + Simd::width * r), sum[r]);
-    float tail = 0;
-    for (; i < k; ++i) tail += x[i] * w[i];
-    return Simd::sum(Simd::add(Simd::add(sum[0], sum[1]), Simd::add(sum[2], sum[3]))) + tail;
-}

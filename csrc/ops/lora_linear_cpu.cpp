@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 
 #include "core/dispatch.h"
 #include "core/float16.h"
@@ -34,19 +35,19 @@ using avx2::drop;
 namespace {
 
 // The rows of a matrix, each value times `scale`, some dropped.
-ReadLine dropped_rows(const TensorRef& matrix, int64_t columns, const Dropout& dropout, float scale = 1.0f) {
+Lines dropped_rows(const TensorRef& matrix, int64_t columns, const Dropout& dropout, float scale = 1.0f) {
     if (!dropout.seed.defined()) return rows_of(matrix, columns, scale);
     const auto seed = static_cast<uint64_t>(*dropout.seed.as<int64_t>());
     const uint32_t threshold = dropout.threshold();
-    ReadLine read;
+    Lines lines;
     dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto drop = PYQLORA_SELECT(drop<T>);
-        read = [=, x = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* out) {
+        lines.read = [=, x = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* out) {
             drop(x + row * columns + first, first, count, scale, seed, row, threshold, out);
         };
     });
-    return read;
+    return lines;
 }
 
 // `then` after C was dropped.
@@ -77,7 +78,7 @@ OnRow store_transposed_to(const TensorRef& matrix, int64_t rows) {
 
 void lora_dropout(const LoraDropoutArgs& a, int threads) {
     const int64_t columns = a.columns, rows = a.x.numel / columns;
-    const ReadLine read = dropped_rows(a.x, columns, a.dropout);
+    const Lines lines = dropped_rows(a.x, columns, a.dropout);
     const OnRow store = store_to(a.y, columns, nullptr);
     parallel_for(threads, rows, std::max<int64_t>(1, (1 << 14) / columns), [&](int64_t row, int64_t end) {
         constexpr int64_t kStep = 1024;
@@ -85,13 +86,31 @@ void lora_dropout(const LoraDropoutArgs& a, int threads) {
         for (; row < end; ++row)
             for (int64_t i = 0; i < columns; i += kStep) {
                 const int64_t count = std::min(kStep, columns - i);
-                read(row, i, count, line);
+                lines.read(row, i, count, line);
                 store(row, i, count, line);
             }
     });
 }
 
+// lora_down of so few rows that packing A would take longer than the product.
+void few_rows_down(const LoraDownArgs& a) {
+    const int64_t m = a.m(), k = a.a.length, rank = a.columns();
+    const TensorRef& factor = a.a.factors[0];
+    const Lines rows = dropped_rows(a.x, k, a.dropout, a.scales[0]), columns = rows_of(factor, k);
+    const Dot dot = row_dot();
+    const std::unique_ptr<float[]> x(new float[(m + 1) * k]);
+    float* const converted = x.get() + m * k;
+    for (int64_t i = 0; i < m; ++i) rows.read(i, 0, k, x.get() + i * k);
+    for (int64_t r = 0; r < rank; ++r) {
+        if (!columns.plain) columns.read(r, 0, k, converted);
+        const float* line = columns.plain ? columns.plain + r * k : converted;
+        for (int64_t i = 0; i < m; ++i) a.s.as<float>()[i * rank + r] = dot(x.get() + i * k, line, k);
+    }
+}
+
 void lora_down(const LoraDownArgs& a, int threads) {
+    constexpr int64_t kFewRows = 8;
+    if (a.m() <= kFewRows) return few_rows_down(a);
     const int64_t k = a.a.length, rank = a.columns();
     const Term term{k, pack_along(dropped_rows(a.x, k, a.dropout, a.scales[0])), pack_along(rows_of(a.a.factors[0], k)),
                     store_to(a.s, rank, nullptr)};

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyqlora.ops import lora_linear_cpu as on_cpu
+from pyqlora.ops.backend import native
 from pyqlora.ops.lora_linear import compute_dtype
 
 CHUNK_BYTES = 32 << 20  # of a chunk's logits, unless the caller says how many rows
@@ -81,6 +83,24 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, 
         raise ValueError(f"linear_cross_entropy: chunk: expected at least 1 row, got {chunk}")
 
 
+def _logits(x: Tensor, weight: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """out [M, V] = x·weightᵀ, multiplied in `dtype`."""
+    if on_cpu.serves(x, weight) and out.dtype == torch.float32:
+        module, context = native(x)
+        return module.logits(x.contiguous(), weight.contiguous(), out, x.shape[1], context)
+    for columns, piece in _pieces(weight, dtype):
+        out[:, columns] = x.to(dtype) @ piece.t()
+
+
+def _drows(dlogits: Tensor, weight: Tensor, out: Tensor, dtype: torch.dtype) -> None:
+    """out [M, K] = dlogits·weight, multiplied in `dtype`."""
+    if on_cpu.serves(dlogits, weight, out) and dlogits.dtype == torch.float32:
+        module, context = native(out)
+        return module.logits_backward(dlogits, weight.contiguous(), out, out.shape[1], context)
+    dlogits = dlogits.to(dtype)
+    out.copy_(sum(dlogits[:, columns] @ piece for columns, piece in _pieces(weight, dtype)))
+
+
 def _pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """The weight's rows in `dtype`: whole if that is what they are, else converted a piece at a time."""
     count = len(weight) if weight.dtype == dtype else max(1, _PIECE_BYTES // (weight.shape[1] * dtype.itemsize))
@@ -101,10 +121,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(rows.device.type, enabled=False):
             for first in range(0, len(rows), chunk):
                 part = slice(first, first + chunk)
-                x, label = rows[part].to(dtype), labels[part, None]
+                x, label = rows[part], labels[part, None]
                 logits = buffer[: len(x)]
-                for columns, piece in _pieces(weight, dtype):
-                    logits[:, columns] = x @ piece.t()
+                _logits(x, weight, logits, dtype)
                 if bias is not None:
                     logits += bias
                 logits -= logits.amax(1, keepdim=True)
@@ -120,8 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if need_weight:
                     dweight.addmm_(dlogits.t(), x.to(wide))
                 if need_rows:
-                    dlogits = dlogits.to(dtype)
-                    drows[part] = sum(dlogits[:, columns] @ piece for columns, piece in _pieces(weight, dtype))
+                    _drows(dlogits, weight, drows[part], dtype)
         ctx.save_for_backward(drows, dweight, dbias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return losses.sum() * scale
