@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pyqlora.integrations.attention import use_float32_attention
+
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
@@ -14,7 +16,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze the base model and turn on gradient checkpointing.
+    """Freeze the base model and turn on gradient checkpointing; on a CPU without bf16 instructions, attention in float32.
 
     Unlike PEFT's, this changes no parameter's dtype. Float32 embeddings and output head would double the largest plain
     tensors of the model, and float32 norm weights make a half-precision model's activations float32 from there on; the
@@ -31,6 +33,7 @@ def prepare_model_for_kbit_training(
         The same model.
     """
     model.requires_grad_(False)
+    use_float32_attention(model)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     return model
