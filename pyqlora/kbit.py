@@ -16,7 +16,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze the base model and turn on gradient checkpointing; on a CPU without bf16 instructions, attention in float32.
+    """Freeze the base model, checkpoint its activations and, on a CPU without bf16 instructions, attend in float32.
 
     Unlike PEFT's, this changes no parameter's dtype. Float32 embeddings and output head would double the largest plain
     tensors of the model, and float32 norm weights make a half-precision model's activations float32 from there on; the

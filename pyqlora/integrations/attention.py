@@ -2,7 +2,7 @@
 
 Without 16-bit matrix instructions, torch's attention spends most of a bf16 training step in its backward pass (8 times
 the float32 one's time on an AVX2 machine). `use_float32_attention` has a model's sdpa attention computed in float32 and
-its result rounded once: faster and more exact. The queries, keys and values stay what they are outside of it.
+its result rounded once while it trains: faster and more exact. In eval mode nothing changes.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def _register() -> None:
 def float32_attention(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention: computed in float32 on the CPU, returned in the query's dtype."""
+    """transformers' sdpa attention: in training on the CPU computed in float32, returned in the query's dtype."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     dtype = query.dtype
-    if query.device.type == "cpu":
+    if module.training and query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()

@@ -20,7 +20,7 @@ def dtype(request, monkeypatch):
 
 
 def run(model, ids, mask):
-    model.zero_grad()
+    model.train().zero_grad()
     outputs = model(input_ids=ids, attention_mask=mask, labels=ids)
     outputs.loss.backward()
     return outputs.logits.detach(), model.get_input_embeddings().weight.grad
@@ -44,6 +44,7 @@ def test_is_nearer_to_float32_and_keeps_dtypes(dtype, padded):
     before, before_grad = run(plain, ids, mask)
     assert (logits - want)[seen].abs().mean() <= (before - want)[seen].abs().mean() * 1.05
     assert (grad - want_grad).abs().mean() <= (before_grad - want_grad).abs().mean() * 1.05
+    assert torch.equal(changed.eval()(ids).logits, plain.eval()(ids).logits)
 
 
 def test_prepare_switches_16_bit_models_only(dtype, tmp_path):
