@@ -121,10 +121,11 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
     for (int64_t t = 0, done = 0; t < static_cast<int64_t>(terms.size()); done += terms[t++].depth) {
         const int64_t depth = terms[t].depth;
         float* const out = packed + strips * width * done;
-        parallel_for(threads, strips, std::max<int64_t>(1, (1 << 14) / (width * depth)), [&](int64_t s, int64_t end) {
-            const int64_t row = s * width;
-            terms[t].a({first + row, std::min(end * width, count) - row, 0, depth, width}, out + row * depth);
-        });
+        parallel_for(
+            threads, strips, std::max<int64_t>(1, (1 << 14) / (width * depth + 1)), [&](int64_t s, int64_t end) {
+                const int64_t row = s * width;
+                terms[t].a({first + row, std::min(end * width, count) - row, 0, depth, width}, out + row * depth);
+            });
     }
     // Work is shared out by blocks of columns and, where those are too few, by parts of the rows.
     const int64_t blocks = ceil_div(n, kBlock);
@@ -142,18 +143,21 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
             bool add = false;
             int64_t done = 0;
             for (const Term& term : terms) {
-                const int64_t slices = ceil_div(term.depth, kDepth);
+                const int64_t slices = std::max<int64_t>(1, ceil_div(term.depth, kDepth));
                 const int64_t step = round_up(ceil_div(term.depth, slices), kReadStep);
-                for (int64_t from = 0; from < term.depth; from += step, add = true) {
+                int64_t from = 0;
+                do {  // once also for a depth of 0, whose product is 0
                     const int64_t depth = std::min(step, term.depth - from);
-                    const int64_t group = std::max<int64_t>(1, kStripBytes / (4 * width * depth));
+                    const int64_t group = std::max<int64_t>(1, kStripBytes / (4 * width * (depth + 1)));
                     term.b({left, here, from, depth, columns}, panels);
                     for (int64_t s = begin; s < stop; s += group)
                         for (int64_t j = 0; j < here; j += columns)
                             for (int64_t i = s; i < std::min(s + group, stop); ++i)
                                 tile(depth, packed + (strips * done + i * term.depth + from) * width,
                                      panels + j * depth, c + (i - begin) * width * wide + j, wide, add);
-                }
+                    from += step;
+                    add = true;
+                } while (from < term.depth);
                 if (term.then)
                     for (int64_t i = 0; i < rows; ++i) term.then(first + begin * width + i, left, here, c + i * wide);
                 done += term.depth;

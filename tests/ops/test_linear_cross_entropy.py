@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from pyqlora import _C
 from pyqlora.ops.linear_cross_entropy import linear_cross_entropy
 
 IGNORED = -100
@@ -117,3 +118,32 @@ def test_errors(change, text):
     hidden, weight, bias, labels = make((4,), 8, 20, ignored=0.0)
     with pytest.raises(ValueError, match=text):
         linear_cross_entropy(**({"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | change))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (7, 33, 130), (30, 64, 4099), (9, 300, 8200)])
+def test_the_output_layer_s_products(m, k, n, dtype):
+    """Vocabularies around the part of 4096 that the backward pass sums at a time."""
+    g = torch.Generator().manual_seed(m)
+    x, weight = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
+    logits, dlogits = torch.empty(m, n), torch.randn(m, n, generator=g)
+    _C.cpu.logits(x, weight, logits, k, 2)
+    bound = 2**-23 * (k + 2) * x.double().abs() @ weight.double().abs().T
+    assert ((logits - x.double() @ weight.double().T).abs() <= bound).all()
+    dx = torch.empty(m, k, dtype=dtype)
+    _C.cpu.logits_backward(dlogits, weight, dx, k, 2)
+    want = dlogits.double() @ weight.double()
+    bound = 2**-23 * (n + 2) * dlogits.double().abs() @ weight.double().abs() + torch.finfo(dtype).eps * want.abs()
+    assert ((dx.double() - want).abs() <= bound).all()
+
+
+def test_errors_of_the_output_layer_s_products():
+    x, weight, logits = torch.ones(2, 8), torch.ones(5, 8), torch.ones(2, 5)
+    with pytest.raises(ValueError, match="logits: weight: expected rows of 8, got 35"):
+        _C.cpu.logits(x, torch.ones(5, 7), logits, 8, 1)
+    with pytest.raises(ValueError, match="logits: logits: expected 10 elements, got 5"):
+        _C.cpu.logits(x, weight, logits[0], 8, 1)
+    with pytest.raises(ValueError, match="logits: k: expected a positive number, got 0"):
+        _C.cpu.logits(x, weight, logits, 0, 1)
+    with pytest.raises(ValueError, match="logits_backward: dlogits: expected float32, got float16"):
+        _C.cpu.logits_backward(logits.half(), weight, x, 8, 1)
