@@ -305,3 +305,21 @@ def test_repr_and_properties():
         layer.merge(adapter_names=["unknown"])
     with pytest.raises(TypeError, match="should be a list of strings"):
         layer.merge(adapter_names="default")
+
+
+@pytest.mark.parametrize("how", ["forward", "forward_pre", "full_backward", "full_backward_pre", "replaced"])
+def test_what_watches_a_4_bit_base_layer_sees_its_call(how):
+    """The fused path may not pass by hooks, nor by a forward that was put over the layer's own."""
+    model = nn.Sequential(Linear4bit(64, 64, bias=False).to("cpu"))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False))
+    layer, seen = model.base_model.model[0], []
+    x = torch.randn(3, 64, requires_grad=True)
+    alone, base, own = layer(x), layer.base_layer, layer.base_layer.forward
+    if how == "replaced":
+        base.forward = lambda x: seen.append(how) or own(x)
+    else:
+        getattr(base, f"register_{how}_hook")(lambda *_: seen.append(how))
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, alone)
+    assert seen == [how]
