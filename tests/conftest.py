@@ -21,6 +21,10 @@ from pyqlora.ops import backend as dispatch
 os.environ["PYTHONPATH"] = str(Path(pyqlora.__file__).parents[1])
 os.chdir(Path(__file__).parent)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which take a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
 BACKENDS = ("cpu", "emulated", "emulated_reverse", "emulated_checked", "cuda")
 SPECIAL_BACKENDS = ("emulated_asan", "emulated_changed")
 
