@@ -263,7 +263,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     ++counts.copies;
     const void* both[] = {to, from};
     return emulation::enqueue(stream, both, sizeof both, false, [=] {
-        std::memcpy(to, from, bytes);
+        if (bytes) std::memcpy(to, from, bytes);
         if (is_device(to, bytes)) checks::written_by_host(to, bytes);
         return true;
     });

@@ -56,7 +56,7 @@ class LazyDevice:
 
 @pytest.fixture(params=[True, False], ids=["managed", "pinned"])
 def device(request, monkeypatch):
-    *_, backend = request.config.getoption("--backend") or ["emulated"]
+    *_, backend = request.config.getoption("--backend") or ["emulated_checked"]
     build = backend.removeprefix("emulated_")
     device = LazyDevice(build if build in ("checked", "asan", "changed") else "fast", request.param)
     for module in ("paged_cuda", "optim_step"):
