@@ -19,7 +19,6 @@ from pyqlora.ops import backend as dispatch
 # Python puts the working directory before everything else, and in a checkout that is the source tree without its
 # extension: processes that tests start must find the pyqlora that is under test here.
 os.environ["PYTHONPATH"] = str(Path(pyqlora.__file__).parents[1])
-os.chdir(Path(__file__).parent)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which take a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,6 +42,12 @@ def pytest_addoption(parser):
         help="run kernel tests on this backend only (repeatable); default: all but cuda where there is no GPU, "
         "emulated_asan, which needs the sanitizers' libraries preloaded, and emulated_changed, which plants faults",
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def outside_of_the_source_tree():
+    """Also with pytest-xdist, whose processes must still start where the paths of the command line count from."""
+    os.chdir(Path(__file__).parent)
 
 
 @dataclass(frozen=True)
