@@ -11,6 +11,7 @@ import pyqlora
 import pyqlora.functional as ours
 import pyqlora.nn
 from benchmarks.harness import Case
+from pyqlora import _C
 
 FORWARD = [
     (1, 4096, 4096, "fp32"),
@@ -37,11 +38,34 @@ def cases() -> Iterator[Case]:
         yield _case(m, n, k, label, backward=False)
     for m, n, k, label in FORWARD_BACKWARD:
         yield _case(m, n, k, label, backward=True)
-    yield _calls()
+    yield _int16()
+    yield from _calls()
 
 
-def _calls() -> Case:
-    """1,000 calls of a layer that is too small to cost anything: milliseconds are then microseconds a call."""
+def _int16() -> Case:
+    case = _case(1, 4096, 4096, "fp32", backward=False)
+    exact = case.runs["pyqlora"]
+
+    def rounded():
+        before = ours.set_activation_precision("int16")
+        try:
+            return exact()
+        finally:
+            ours.set_activation_precision(before)
+
+    def check():
+        case.check()
+        y, z = exact(), rounded()
+        assert 0 < (y - z).abs().max() < 2e-4 * y.abs().max()
+
+    return Case("forward M=1 4096x4096 fp32, activations in int16", {**case.runs, "pyqlora": rounded}, check)
+
+
+def _calls() -> Iterator[Case]:
+    """1,000 calls of a layer that is too small to cost anything: milliseconds are then microseconds a call.
+
+    And 1,000 calls of the native function under it: the difference is what the layer costs.
+    """
     layers = {
         "pyqlora": pyqlora.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"),
         "bitsandbytes": peer.nn.Linear4bit(64, 64, bias=False, quant_type="nf4").to("cpu"),
@@ -55,7 +79,16 @@ def _calls() -> Case:
                 layer(x)
 
     runs = {name: lambda layer=layer: calls(layer) for name, layer in layers.items()}
-    return Case("1000 calls of Linear4bit M=1 64x64 fp32", runs, lambda: None)
+    yield Case("1000 calls of Linear4bit M=1 64x64 fp32", runs, lambda: None)
+
+    weight, state, y = layers["pyqlora"].weight.data, layers["pyqlora"].weight.quant_state, torch.empty(1, 64)
+    arguments = (x, weight, *state.scales(), None, y, 64, 64, state.blocksize, "nf4", None, None, 1)
+
+    def native_calls():
+        for _ in range(1000):
+            _C.cpu.linear_4bit(*arguments)
+
+    yield Case("1000 native calls of linear_4bit M=1 64x64 fp32", {"pyqlora": native_calls}, lambda: None)
 
 
 def _case(m: int, n: int, k: int, label: str, backward: bool) -> Case:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyqlora import quant
 from pyqlora.ops import paged, paged_cuda
-from pyqlora.ops.linear_4bit import linear_4bit
+from pyqlora.ops.linear_4bit import linear_4bit, set_activation_precision
 from pyqlora.quant import QuantState
 from pyqlora.quant_maps import create_dynamic_map, create_fp8_map, create_linear_map, create_normal_map
 
@@ -33,6 +33,7 @@ __all__ = [
     "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
+    "set_activation_precision",
 ]
 
 # AbnormalFloat for blocks of 64 (https://arxiv.org/abs/2306.06965), a table only: no kernel quantizes to it.

@@ -2,6 +2,7 @@
 // dx = dy · dequant(W). W is never held decoded. (On a GPU this is the kernel for any shape and few rows of x; for many
 // the caller decodes W and leaves the product to a library.)
 #pragma once
+#include "core/cpu_features.h"
 #include "ops/quantize.h"
 
 namespace pyqlora {
@@ -109,8 +110,25 @@ inline void check(const Linear4bitMmaArgs& a, Device device) {
     check_same_device(op, {{"x", l.x}, {"workspace", a.workspace}});
 }
 
+// One row of x, rounded to 16 bits: each 64 elements share a scale, the largest of them becoming 16383. The values of
+// the 4-bit codes are rounded to multiples of 1/16384 of a block's absmax. The sums are exact within a block of 64.
+struct Linear4bitInt16Args {
+    Linear4bitArgs linear;
+};
+
+inline void check(const Linear4bitInt16Args& a, Device device) {
+    const char* op = "linear_4bit_int16";
+    const Linear4bitArgs& l = a.linear;
+    check(l, device);
+    if (l.m() != 1) bad_argument(op, "x", "one row", std::to_string(l.m()));
+    if (l.k % l.blocksize) bad_argument(op, "shape", "K a multiple of the block size", std::to_string(l.k));
+    if (cpu::active_isa() == cpu::Isa::scalar)
+        throw std::runtime_error("linear_4bit_int16: the CPU kernels in use have no AVX2");
+}
+
 namespace cpu {
 void linear_4bit(const Linear4bitArgs& a, int threads);
+void linear_4bit_int16(const Linear4bitInt16Args& a, int threads);
 void linear_4bit_backward(const Linear4bitBackwardArgs& a, int threads);
 }  // namespace cpu
 

@@ -10,18 +10,24 @@ namespace py = pybind11;
 using namespace py::literals;
 
 #if PYQLORA_BIND_CPU
-void bind_cpu(py::module_& m) {
+template <class Args, class Linear>
+void bind_forward(py::module_& m, const char* name, Linear linear) {
     m.def(
-        "linear_4bit",
-        [](TensorRef x, TensorRef packed, TensorRef absmax, TensorRef nested_absmax, TensorRef nested_code,
-           TensorRef offset, int64_t nested_blocksize, TensorRef bias, TensorRef y, int64_t n, int64_t k,
-           int64_t blocksize, const std::string& type, TensorRef s, TensorRef b, int64_t context) {
+        name,
+        [=](TensorRef x, TensorRef packed, TensorRef absmax, TensorRef nested_absmax, TensorRef nested_code,
+            TensorRef offset, int64_t nested_blocksize, TensorRef bias, TensorRef y, int64_t n, int64_t k,
+            int64_t blocksize, const std::string& type, TensorRef s, TensorRef b, int64_t context) {
             const Scales scales{absmax, nested_absmax, nested_code, offset, nested_blocksize};
-            run<CpuBackend>(Linear4bitArgs{x, packed, scales, bias, y, n, k, blocksize, quant_type(type), s, b},
-                            context, cpu::linear_4bit);
+            const Linear4bitArgs args{x, packed, scales, bias, y, n, k, blocksize, quant_type(type), s, b};
+            run<CpuBackend>(Args{args}, context, linear);
         },
         "x"_a, "packed"_a, "absmax"_a, "nested_absmax"_a, "nested_code"_a, "offset"_a, "nested_blocksize"_a, "bias"_a,
         "y"_a, "n"_a, "k"_a, "blocksize"_a, "quant_type"_a, "s"_a, "b"_a, "context"_a);
+}
+
+void bind_cpu(py::module_& m) {
+    bind_forward<Linear4bitArgs>(m, "linear_4bit", cpu::linear_4bit);
+    bind_forward<Linear4bitInt16Args>(m, "linear_4bit_int16", cpu::linear_4bit_int16);
     m.def(
         "linear_4bit_backward",
         [](TensorRef dy, TensorRef packed, TensorRef absmax, TensorRef nested_absmax, TensorRef nested_code,

@@ -29,7 +29,29 @@ def _(dy, packed, absmax, nested_absmax, nested_code, offset, nested_blocksize, 
     return dy.new_empty((*dy.shape[:-1], shape[1]))
 
 
+_activations = "float32"  # what the CPU rounds a single row of x to
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
+
+
+def set_activation_precision(precision: str) -> str:
+    """What a CPU takes a single row of activations for, in every 4-bit layer of the process; returns what it was.
+
+    "float32", the default, is exact but for float32's rounding. "int16" is faster and needs AVX2: x is rounded to 16383
+    steps of the largest of each 64 elements, the 16 values of the codes to 16384 steps. A product is then off by at
+    most |w| · max|x| / 32766 + |x| · absmax / 32768, and on normal data an output by 1e-4 of the largest one. It
+    serves rows that begin with a block; more rows than one, and GPUs, compute as ever.
+
+    Raises:
+        ValueError: another precision.
+        RuntimeError: "int16" without AVX2.
+    """
+    global _activations
+    if precision not in ("float32", "int16"):
+        raise ValueError(f"set_activation_precision: expected 'float32' or 'int16', got {precision!r}")
+    if precision == "int16" and _C.cpu.isa() == "scalar":
+        raise RuntimeError("set_activation_precision: 'int16' needs a processor with AVX2; keep 'float32'")
+    before, _activations = _activations, precision
+    return before
 
 
 def _check(arg: str, x: Tensor, columns: int, shape: list[int]) -> None:
@@ -62,9 +84,11 @@ def forward(
     scales = (absmax, nested_absmax, nested_code, offset, nested_blocksize)
     if module is not _C.cpu:
         return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias, update)
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty(*x.shape[:-1], n)  # a microsecond less than with a tuple
     s, b = update or (None, None)
-    module.linear_4bit(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, s, b, context)
+    rounded = _activations == "int16" and x.numel() == k and k % blocksize == 0
+    kernel = module.linear_4bit_int16 if rounded else module.linear_4bit
+    kernel(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, s, b, context)
     return y
 
 
