@@ -27,6 +27,7 @@ class TrainableTokens(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.tied = tied_to is not None
+        self.active_adapters: list[str] = []
         self.trainable_tokens_delta = tied_to.trainable_tokens_delta if tied_to else nn.ParameterDict()
         self.token_indices: dict[str, list[int]] = tied_to.token_indices if tied_to else {}
         # The rows that the base weight had before an adapter was merged; a tied head reads the same weight.
@@ -91,13 +92,12 @@ class TrainableTokensWrapper(nn.Module):
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             raise TypeError(f"trainable_token_indices cannot be applied to modules of type {type(module)}")
         self.token_adapter = TrainableTokens(module, tied_to.token_adapter if tied_to else None)
-        self._active_adapters: list[str] = []
         self._disable_adapters = False
 
     @property
     def active_adapters(self) -> list[str]:
         """The adapters whose rows are used."""
-        return self._active_adapters
+        return self.token_adapter.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
@@ -125,7 +125,7 @@ class TrainableTokensWrapper(nn.Module):
         weight = self.original_module.weight
         if self._disable_adapters or self.merged:
             return weight
-        for name in self._active_adapters:
+        for name in self.token_adapter.active_adapters:
             indices = torch.tensor(self.token_adapter.token_indices[name], device=weight.device)
             weight = weight.index_copy(0, indices, self.token_adapter.trainable_tokens_delta[name].to(weight.dtype))
         return weight
@@ -154,7 +154,7 @@ class TrainableTokensWrapper(nn.Module):
         if self._disable_adapters:
             return self.token_adapter(x)
         if names is None:
-            return self.token_adapter(x, () if self.merged else self._active_adapters)
+            return self.token_adapter(x, () if self.merged else self.token_adapter.active_adapters)
         rows: list[Any] = [None] * len(names)
         for name in dict.fromkeys(names):
             chosen = [i for i, other in enumerate(names) if other == name]
@@ -172,7 +172,7 @@ class TrainableTokensWrapper(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         mine = [name for name in names if name in self.adapters()]
         self._check_disjunct(mine, f"Only one adapter can be set at a time for {type(self).__name__}: ")
-        self._active_adapters = mine
+        self.token_adapter.active_adapters = mine
         for name in self.adapters():
             self.set_requires_grad(name, name in mine and not inference_mode)
 
@@ -187,7 +187,7 @@ class TrainableTokensWrapper(nn.Module):
             seen |= set(self.token_adapter.token_indices[name])
 
     def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        names = self._active_adapters if adapter_names is None else adapter_names
+        names = self.token_adapter.active_adapters if adapter_names is None else adapter_names
         return [name for name in names if name in self.adapters() and name not in self.token_adapter.replaced]
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
@@ -216,7 +216,7 @@ class TrainableTokensWrapper(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active rows, or the base layer's own; rows are frozen while disabled."""
         if enabled and self._disable_adapters:
-            self.set_requires_grad(self._active_adapters, True)
+            self.set_requires_grad(self.token_adapter.active_adapters, True)
         elif not enabled:
             self.set_requires_grad(self.adapters(), False)
         self._disable_adapters = not enabled
@@ -237,7 +237,7 @@ class TrainableTokensWrapper(nn.Module):
     def unloaded(self, merge: bool, adapter_names: list[str] | None = None) -> nn.Module:
         """The wrapped layer; if merging, with the rows of these adapters (default: the active ones) in it."""
         if merge:
-            names = self._active_adapters if adapter_names is None else adapter_names
+            names = self.token_adapter.active_adapters if adapter_names is None else adapter_names
             self.token_adapter.write(name for name in names if name in self.adapters())
         return self.original_module
 

@@ -34,16 +34,17 @@ def examine(adapter: str, model: str | None) -> None:
         config = pyqlora.PeftConfig.from_pretrained(adapter)
         weights = pyqlora.load_peft_weights(adapter)
         skeleton, base = base_skeleton(config, model)
-    problems = value_problems(weights)
+    size, problems = sizes(weights), value_problems(weights)
     expected = None
     if skeleton is None:
         problems += pair_problems(weights, config)
     else:
-        expected, found = fit_problems(skeleton, config, weights)
+        expected, weights, found = fit_problems(skeleton, config, weights)
         problems += found
         base += ": every key and shape fits" if not found else ""
     problems += zero_problems(weights, expected)
-    facts = [("adapter", described(config)), ("weights", sizes(weights)), ("update", update_sizes(weights, config))]
+    update = update_sizes(weights, config, skeleton)
+    facts = [("adapter", described(config)), ("weights", size), ("update", update)]
     rows(Console(highlight=False, soft_wrap=True), [*facts, ("base", base), *(("problem", text) for text in problems)])
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
@@ -55,7 +56,8 @@ def described(config: Any) -> str:
     """The config in a line."""
     targets = config.target_modules
     if not isinstance(targets, str):
-        targets = ", ".join(sorted({target.rpartition(".")[2] for target in targets or ()}))
+        names = [*(targets or ()), *(config.target_parameters or ())]
+        targets = ", ".join(sorted({name.removesuffix(".weight").rpartition(".")[2] for name in names}))
     scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     parts = [f"LoRA, r {config.r}, alpha {config.lora_alpha} (scale {scale:.3g}) on {targets}"]
     parts += [name for name in ("use_dora", "use_rslora", "lora_bias") if getattr(config, name)]
@@ -75,11 +77,14 @@ def sizes(weights: dict[str, Tensor]) -> str:
     return f"{len(weights)} tensors, {count:,} parameters, {', '.join(dtypes)}, {megabytes:.3g} MB"
 
 
-def update_sizes(weights: dict[str, Tensor], config: Any) -> str:
-    """The Frobenius norms of the updates scale·B·A of linear layers, in a line."""
+def update_sizes(weights: dict[str, Tensor], config: Any, skeleton: Any) -> str:
+    """The Frobenius norms of the updates scale·B·A, in a line; of a stack of experts, that of all its updates."""
     from pyqlora.inject import pattern_value
+    from pyqlora.lora_layer import LoraLayer
     from pyqlora.variants import scaling_factor
 
+    modules = skeleton.named_modules() if skeleton is not None else ()
+    layers = {path: module for path, module in modules if isinstance(module, LoraLayer)}
     norms = {}
     for key, a in weights.items():
         path, found, _ = key.partition(".lora_A.weight")
@@ -89,14 +94,21 @@ def update_sizes(weights: dict[str, Tensor], config: Any) -> str:
         name = path.removeprefix("base_model.model.")
         alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         r = pattern_value(config.rank_pattern, name, config.r)
-        a, b = a.double(), b.double()
-        square = ((a @ a.t()) * (b.t() @ b)).sum().clamp(min=0)  # tr(AᵀBᵀBA) without the product itself
-        norms[name] = scaling_factor(alpha, r, config.use_rslora) * float(square.sqrt())
+        layer, scale = layers.get(name), scaling_factor(alpha, r, config.use_rslora)
+        experts = 1
+        if layer is not None:
+            scale, experts = layer.scaling["default"], getattr(layer, "num_experts", 1)
+        if len(a) % experts:
+            continue
+        a = a.double().view(experts, -1, a.shape[1])
+        b = b.double().view(len(b), -1, experts).permute(2, 0, 1)
+        square = ((a @ a.mT) * (b.mT @ b)).sum().clamp(min=0)  # tr(AᵀBᵀBA) without the product itself
+        norms[name] = scale * float(square.sqrt())
     if not norms:
-        return "no linear layers"
+        return "no layers with matrices"
     largest = max(norms, key=norms.get)
     median = sorted(norms.values())[len(norms) // 2]
-    return f"{len(norms)} linear layers, norm of B·A {median:.3g} in the middle, {norms[largest]:.3g} in {largest}"
+    return f"{len(norms)} layers, norm of B·A {median:.3g} in the middle, {norms[largest]:.3g} in {largest}"
 
 
 def base_skeleton(config: Any, model: str | None) -> tuple[Any, str]:
@@ -150,18 +162,22 @@ def base_class(config: Any) -> Any:
     return None
 
 
-def fit_problems(skeleton: Any, config: Any, weights: dict[str, Tensor]) -> tuple[set[str], list[str]]:
-    """The keys that the model expects, and what of them is missing, too much or of another shape."""
+def fit_problems(
+    skeleton: Any, config: Any, weights: dict[str, Tensor]
+) -> tuple[set[str], dict[str, Tensor], list[str]]:
+    """The keys that the model expects, the weights by those, and what is missing, too much or of another shape."""
     import pyqlora
     from pyqlora.adapter_files import PREFIX, file_keys
+    from pyqlora.experts import stack_weights
 
     try:
         pyqlora.inject_adapter_in_model(config, skeleton, low_cpu_mem_usage=True)
     except ValueError as error:
-        return set(), [f"the config does not fit the base model: {' '.join(str(error).split())}"]
+        return set(), weights, [f"the config does not fit the base model: {' '.join(str(error).split())}"]
     keys = file_keys(skeleton, "default")
     state = skeleton.state_dict()
     given = {key.removeprefix(PREFIX): value for key, value in weights.items()}
+    given = stack_weights(skeleton, given, {*keys, *state})
     own = {key: keys.get(key, key) for key in given}
     missing = [key for key in keys if key not in given]
     unexpected = [key for key in given if own[key] not in state]
@@ -175,7 +191,8 @@ def fit_problems(skeleton: Any, config: Any, weights: dict[str, Tensor]) -> tupl
         listed("in the file, but the model has no place for it", unexpected),
         listed("of another shape than in the model", misshapen),
     ]
-    return {PREFIX + key for key in keys}, [problem for problem in problems if problem]
+    weights = {PREFIX + key: value for key, value in given.items()}
+    return {PREFIX + key for key in keys}, weights, [problem for problem in problems if problem]
 
 
 def pair_problems(weights: dict[str, Tensor], config: Any) -> list[str]:

@@ -104,7 +104,10 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
         }
         for kind in (ModulesToSaveWrapper, TrainableTokensWrapper)
     },
-    TrainableTokens: {"trainable_tokens_original": property(_original_rows)},
+    TrainableTokens: {
+        "active_adapter": property(lambda tokens: tokens.active_adapters),
+        "trainable_tokens_original": property(_original_rows),
+    },
     LoraModel: {
         "_get_module_names_tied_with_embedding": peft_internals._get_module_names_tied_with_embedding,
         "get_model_config": staticmethod(inject.model_config),

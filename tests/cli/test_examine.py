@@ -14,7 +14,7 @@ import tiny
 import tiny_model
 from safetensors.torch import load_file, save_file
 
-from pyqlora import LoraConfig, get_peft_model
+from pyqlora import LoraConfig, PeftModel, get_peft_model
 from pyqlora.cli.app import run
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -177,3 +177,19 @@ def test_no_adapter(tmp_path, capsys):
 def test_model_without_an_adapter(capsys):
     assert run(["doctor", "--model", "m"]) == 1
     assert "--model names an adapter's base model: pyqlora doctor ADAPTER --model MODEL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3"])
+def test_an_adapter_of_experts_from_transformers_4(tmp_path, capsys, kind):
+    pytest.importorskip("transformers.conversion_mapping", reason="transformers 4 does not stack experts")
+    import test_experts
+
+    test_experts.old_adapter(kind, tmp_path / "old", task_type="CAUSAL_LM")
+    test_experts.base(kind).save_pretrained(tmp_path / "base")
+    assert run(["doctor", str(tmp_path / "old"), "--model", str(tmp_path / "base")]) == 0
+    printed = capsys.readouterr().out
+    assert "on down_proj, gate, gate_up_proj, q_proj;" in printed and ": every key and shape fits" in printed
+    assert "ok: the adapter is whole, finite and trained" in printed
+    norm, where = re.search(r"in the middle, (\S+) in (\S+)", printed).groups()
+    model = PeftModel.from_pretrained(test_experts.base(kind), tmp_path / "old").get_base_model()
+    assert f"{float(model.get_submodule(where).get_delta_weight('default').norm()):.2g}" == f"{float(norm):.2g}"
