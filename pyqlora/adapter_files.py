@@ -48,7 +48,7 @@ def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any
     path = os.path.join(folder, name)
     if os.path.isfile(path):
         return path
-    if os.path.isdir(folder):
+    if os.path.isdir(folder) or "/" not in str(model_id):  # the hub's names are owner/name
         return None
     try:
         import huggingface_hub
@@ -283,7 +283,7 @@ def load_peft_weights(
         hub: subfolder, revision, token, …
 
     Raises:
-        ValueError: no weights there, or only pickled ones, which can run code when loaded.
+        ValueError: no weights there, a damaged file, or only pickled ones, which can run code when loaded.
     """
     path = find_file(model_id, WEIGHTS_NAME, **hub)
     if path is None:
@@ -294,7 +294,12 @@ def load_peft_weights(
             )
         weights = load_pickled(path)
     else:
-        weights = safetensors.torch.load_file(path, device=str(device or "cpu"))
+        try:
+            weights = safetensors.torch.load_file(path, device=str(device or "cpu"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged, as when writing or copying it stopped early ({error}); fetch or save it again"
+            ) from error
     if not key_mapping:
         return weights
     renamed = {}

@@ -110,7 +110,8 @@ class PeftConfig:
 
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
         if path is None:
-            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+            where = "" if os.path.isdir(pretrained_model_name_or_path) else ": there is no such directory or repository"
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'{where}")
         values = cls.from_json_file(path)
         own = {f.name for f in fields(LoraConfig)}
         return cls.from_peft_type(**{**{k: v for k, v in kwargs.items() if k in own}, **values})

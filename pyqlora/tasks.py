@@ -150,6 +150,9 @@ def inject_adapter_in_model(
     return LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
 
 
+MIXED_MODEL = PeftModel  # what mixed=True makes
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -196,5 +199,5 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config.revision = revision
-    kind = PeftModel if mixed else TASK_MODELS.get(peft_config.task_type, PeftModel)
+    kind = MIXED_MODEL if mixed else TASK_MODELS.get(peft_config.task_type, PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)

@@ -124,6 +124,14 @@ def test_pickles_are_neither_written_nor_read(tmp_path):
         load_peft_weights(tmp_path)
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    model().save_pretrained(tmp_path)
+    with open(tmp_path / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged, .* fetch or save it again"):
+        load_peft_weights(tmp_path)
+
+
 def test_paths_that_are_wrong(tmp_path):
     with pytest.raises(ValueError, match="Can't find weights"):
         load_peft_weights(tmp_path)

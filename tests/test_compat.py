@@ -82,6 +82,13 @@ def test_other_distributions_are_still_found(installed):
         importlib.metadata.version("no-such-distribution")
 
 
+def test_mixed_models_hold_adapters_of_the_one_method(installed):
+    peft = importlib.import_module("peft")
+    model = peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["up"]), mixed=True)
+    assert isinstance(model, peft.PeftMixedModel) and isinstance(model, pyqlora.PeftModel)
+    assert not isinstance(peft.get_peft_model(tiny.mlp(), peft.LoraConfig(target_modules=["up"])), peft.PeftMixedModel)
+
+
 def test_unknown_names(installed):
     with pytest.raises(ModuleNotFoundError, match=r"bitsandbytes\.research"):
         importlib.import_module("bitsandbytes.research")

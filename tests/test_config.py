@@ -94,8 +94,11 @@ def test_other_methods_are_refused_by_name(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json'"):
+    with pytest.raises(ValueError, match=r"Can't find 'adapter_config.json' at '[^']*'$"):
         PeftConfig.from_pretrained(tmp_path)
+    for name in ("nowhere", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"nowhere': there is no such directory or repository$"):
+            PeftConfig.from_pretrained(name)
     tmp_path.joinpath("file").touch()
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         LoraConfig().save_pretrained(tmp_path / "file")

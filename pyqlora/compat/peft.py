@@ -9,7 +9,6 @@ from pyqlora import inject
 from pyqlora.compat.stand_in import refused_class, refused_function, refused_request
 from pyqlora.config import LoraConfig, PeftType
 from pyqlora.lora_layer import LoraLayer
-from pyqlora.model import PeftModel
 from pyqlora.tuner import LoraModel
 
 NAME = "peft"
@@ -65,12 +64,7 @@ _CONSTANTS = {
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": inject.DEFAULT_TARGETS,
     "WEIGHTS_NAME": "adapter_model.bin",
 }
-_BASES = {
-    "BaseTuner": LoraModel,
-    "BaseTunerLayer": LoraLayer,
-    "PeftWarning": UserWarning,
-    "PeftMixedModel": PeftModel,  # of whose methods LoRA is the only one here
-}
+_BASES = {"BaseTuner": LoraModel, "BaseTunerLayer": LoraLayer, "PeftWarning": UserWarning}
 
 
 def _transformers_at_least(*wanted: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqlora import adapter_files, config, inject
+from pyqlora import adapter_files, config, inject, tasks
 from pyqlora.attention import MultiheadAttention
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.compat import peft_internals
@@ -88,6 +88,7 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
         "_get_peft_version": staticmethod(format_version),
         "_meet_unknown": staticmethod(ignore_unknown),
     },
+    tasks: {"MIXED_MODEL": peft_internals.PeftMixedModel},
     LoraLayer: {
         "_active_adapter": _alias("_active_adapters"),
         "_all_available_adapter_names": lambda layer: sorted(layer.adapters()),

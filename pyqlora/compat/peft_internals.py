@@ -27,6 +27,10 @@ AuxiliaryTrainingWrapper.register(ModulesToSaveWrapper)
 AuxiliaryTrainingWrapper.register(TrainableTokensWrapper)
 
 
+class PeftMixedModel(PeftModel):
+    """In PEFT a model with adapters of several methods; here they are all LoRA."""
+
+
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,

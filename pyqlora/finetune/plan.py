@@ -86,6 +86,9 @@ def make_plan(
     epochs = steps * per_step / len(train)
     how = "recomputing activations" if estimate.recompute else "keeping activations"
     added = ", ".join(f"{size(count)} {part}" for part, count in estimate.added.items())
+    held = f"{len(held_out)} held out"
+    if options.val and not held_out and len(train) > 1:
+        held += ", for every sample occurs more than once"
     rows = [
         ("device", describe_device(device, dtype)),
         ("model", f"{Path(options.model).name}: {total / 1e6:.1f} M parameters, {in_4bit / 1e6:.1f} M of them in NF4"),
@@ -96,7 +99,7 @@ def make_plan(
             f"{added}, {how}; {size(estimate.free)} free",
         ),
         ("data", f"{options.data}: {kept}"),
-        ("split", f"{len(train)} samples to train, {tokens:,} tokens, {trained:,} trained; {len(held_out)} held out"),
+        ("split", f"{len(train)} samples to train, {tokens:,} tokens, {trained:,} trained; {held}"),
         ("run", f"{steps} steps of {per_step} samples ({epochs:.1f} epochs), lr {options.lr:g}, seed {options.seed}"),
     ]
     warnings = []

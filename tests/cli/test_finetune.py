@@ -180,8 +180,15 @@ def test_gguf_model(tmp_path, data):
 def test_without_samples_held_out(model, data, tmp_path, capsys):
     assert finetune(model, data, "-o", tmp_path / "out", "--steps", 1, *FAST, "--val", 0) == 0
     printed = capsys.readouterr().out
-    assert "0 held out" in printed
+    assert "0 held out\n" in printed
     assert "held-out loss" not in printed
+
+
+def test_repeated_samples_are_not_held_out_and_this_is_said(model, tmp_path, capsys):
+    data = tmp_path / "repeated.jsonl"
+    data.write_text('{"prompt": "one", "completion": "two"}\n' * 8)
+    assert finetune(model, data, "-o", tmp_path / "out", "--steps", 1, *FAST, "--val", 2) == 0
+    assert "0 held out, for every sample occurs more than once\n" in capsys.readouterr().out
 
 
 def test_default_directories_are_new_ones(model, data, tmp_path, monkeypatch):
