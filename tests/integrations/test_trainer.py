@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +66,34 @@ def test_only_transformers_models_call_for_it():
     )
     assert trainer._before
     trainer.unregister()
+
+
+BEFORE_THE_TRAINER = """
+import importlib.util
+import sys
+import transformers
+from pyqlora import LoraConfig, get_peft_model
+
+sizes = dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"), 2)
+model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+for _ in range(2):
+    model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear")).unload()
+model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear"))
+heavy = {"transformers.trainer", "peft", "bitsandbytes", "datasets"} & set(sys.modules)
+assert not heavy, heavy
+assert importlib.util.find_spec("transformers.trainer").name == "transformers.trainer"  # to look is not to import
+from transformers import Trainer
+from pyqlora.integrations import _awaited, trainer
+
+assert _awaited not in sys.meta_path
+assert trainer._before and transformers.trainer.__spec__.name == "transformers.trainer"
+assert transformers.trainer_utils._is_peft_model(model) and Trainer.compute_loss is not trainer._compute_loss
+"""
+
+
+def test_a_trainer_imported_later_knows_too():
+    """To adapt a model imports neither the Trainer nor what it imports."""
+    subprocess.run([sys.executable, "-c", BEFORE_THE_TRAINER], check=True)
 
 
 @pytest.mark.parametrize(
