@@ -12,6 +12,7 @@ import mmap
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -26,8 +27,7 @@ from pyqlora.quant import PACKED_KEY, QUANT_TYPES, dequantize_4bit
 
 logger = transformers.logging.get_logger(__name__)
 
-MADV_PAGEOUT = 21  # linux/mman.h
-COPY_BYTES = 32 << 20
+PRESENT, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))  # of Linux' pagemap
 METHOD = "bitsandbytes_4bit"
 STATE_KEYS = (
     *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
@@ -107,10 +107,6 @@ class Quantizer(HfQuantizer):
             for conversion in model._weight_conversions
             if not any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
         ]
-        if not self.pre_quantized:
-            for param in model.parameters():
-                if not isinstance(param, Params4bit):
-                    param.data = _copied(param.data)  # else it keeps the whole file mapped
         _report_unquantized(model)
         return model
 
@@ -164,7 +160,7 @@ class Quantize(ConversionOps):
                 value = value.T.contiguous()
             result[name] = module.weight._like(value).to(value.device)
             module._is_hf_initialized = True
-            _page_out(value)
+            _drop_pages(value)
         return result
 
 
@@ -217,28 +213,25 @@ def _replace_linear(model: nn.Module, skip: list[str], config: transformers.Bits
         )
 
 
-def _copied(weight: Tensor) -> Tensor:
-    """A copy, made in pieces that are read no more afterwards: the peak is not twice an embedding."""
-    if not weight.is_contiguous():
-        return weight.clone()
-    copy = torch.empty_like(weight)
-    count = max(1, COPY_BYTES // weight.itemsize)
-    for target, piece in zip(copy.view(-1).split(count), weight.view(-1).split(count), strict=True):
-        target.copy_(piece)
-        _page_out(piece)
-    return copy
-
-
-def _page_out(weight: Tensor) -> None:
-    """Let Linux drop the pages of a weight that is read no more.
+def _drop_pages(weight: Tensor) -> None:
+    """Let go of the pages of a weight that is read no more, if it is a view of a file.
 
     Weights on a CPU are views of memory-mapped files, whose pages count as resident until the file is closed, which is
-    after the last weight: without this the peak is the whole unquantized model. Harmless to memory of any other kind.
+    after the last weight: without this the peak is the whole unquantized model. The pages stay in the system's cache.
+    Memory of any other kind, and pages that were written to, would lose their contents: they are left alone.
     """
-    first = -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (weight.data_ptr() + weight.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and weight.device.type == "cpu" and size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), MADV_PAGEOUT)
+    if sys.platform != "linux" or weight.device.type != "cpu":
+        return
+    first = -(-weight.data_ptr() // mmap.PAGESIZE)
+    count = (weight.data_ptr() + weight.nbytes) // mmap.PAGESIZE - first
+    if count < 1:
+        return
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:  # 64 bits a page
+        pagemap.seek(8 * first)
+        pages = np.frombuffer(pagemap.read(8 * count), np.uint64)
+    if np.isin(pages & (PRESENT | SWAPPED | OF_FILE), (0, PRESENT | OF_FILE)).all():
+        start, size = ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(count * mmap.PAGESIZE)
+        ctypes.CDLL(None).madvise(start, size, mmap.MADV_DONTNEED)
 
 
 def _report_unquantized(model: nn.Module) -> None:

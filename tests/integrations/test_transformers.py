@@ -1,5 +1,5 @@
 import json
-import os
+import re
 import subprocess
 import sys
 
@@ -202,6 +202,47 @@ print(mib("VmHWM") - before, (model.get_memory_footprint() + scales) / 2**20)
 """
 
 
+def rss(tensor):
+    """KiB that the process has of the mapping in which a tensor begins."""
+    with open("/proc/self/smaps") as file:
+        maps = re.split(r"^(\w+)-(\w+) .*$", file.read(), flags=re.MULTILINE)[1:]
+    held = zip(maps[::3], maps[1::3], maps[2::3], strict=True)
+    found = next(text for start, end, text in held if int(start, 16) <= tensor.data_ptr() < int(end, 16))
+    return int(found.split("Rss:")[1].split()[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_a_file_are_dropped_and_others_kept(tmp_path):
+    whole = torch.arange(1 << 18, dtype=torch.int32)
+    whole.numpy().tofile(tmp_path / "whole")
+
+    def mapped(shared=False):
+        return torch.from_file(str(tmp_path / "whole"), shared=shared, size=len(whole), dtype=torch.int32)
+
+    for weight in (mapped(), mapped(shared=True)):
+        assert weight.sum() == whole.sum() and rss(weight) >= 1 << 10
+        integration._drop_pages(weight[:2])  # no whole page
+        assert rss(weight) >= 1 << 10
+        integration._drop_pages(weight)
+        assert rss(weight) <= 4 and torch.equal(weight, whole)
+    written = mapped()
+    written[100_000] = -1
+    for weight in (whole.clone(), written):
+        expected = weight.tolist()
+        integration._drop_pages(weight)
+        assert rss(weight) >= 4 and weight.tolist() == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_is_not_quantized_stays_in_its_file(base):
+    """An embedding takes memory for the rows that are used, and none is a copy."""
+    embedding = load(base, dtype=torch.bfloat16).get_input_embeddings().weight
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split() for line in maps if line.endswith(".safetensors\n")]
+    bounds = [[int(number, 16) for number in fields[0].split("-")] for fields in ranges]
+    assert any(start <= embedding.data_ptr() < end for start, end in bounds)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_peak_memory_while_loading(base, tmp_path):
     """Resident memory, mapped files included: the quantized model, one tensor, and 16 MiB for all else."""
@@ -215,9 +256,6 @@ def test_peak_memory_while_loading(base, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="60MB")
     size = sum(param.nbytes for param in model.parameters()) / 2**20
     del model
-    for path in tmp_path.iterdir():  # pages that are not on the disk yet cannot be dropped
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
     script = [sys.executable, "-c", MEASURE, str(base), str(tmp_path)]
     peak, quantized = map(float, subprocess.run(script, check=True, capture_output=True, text=True).stdout.split())
     largest = 1024 * 4096 * 2 / 2**20
