@@ -198,7 +198,7 @@ with open("/proc/self/clear_refs", "w") as file:
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config, device_map="auto")
 states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
 scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes + s.state2.code.nbytes for s in states)
-print(mib("VmHWM") - before, (model.get_memory_footprint() + scales) / 2**20)
+print(mib("VmHWM") - before, mib("VmRSS") - before, (model.get_memory_footprint() + scales) / 2**20)
 """
 
 
@@ -257,8 +257,11 @@ def test_peak_memory_while_loading(base, tmp_path):
     size = sum(param.nbytes for param in model.parameters()) / 2**20
     del model
     script = [sys.executable, "-c", MEASURE, str(base), str(tmp_path)]
-    peak, quantized = map(float, subprocess.run(script, check=True, capture_output=True, text=True).stdout.split())
+    peak, after, quantized = map(
+        float, subprocess.run(script, check=True, capture_output=True, text=True).stdout.split()
+    )
     largest = 1024 * 4096 * 2 / 2**20
-    print(f"bfloat16 {size:.0f} MiB, quantized {quantized:.0f} MiB, peak while loading {peak:.0f} MiB")
+    print(f"bfloat16 {size:.0f} MiB, quantized {quantized:.0f} MiB, peak {peak:.0f} MiB, afterwards {after:.0f} MiB")
     assert size > 250 and quantized < 0.3 * size
     assert peak < quantized + largest + 16
+    assert after < quantized + 4
