@@ -3,13 +3,16 @@
 With P parameters in linear layers, R others (embeddings, norms, the output layer) and T trained ones:
 
     part                     full fine-tuning    LoRA         QLoRA
-    weights                  2 (P + R)           2 (P + R)    P / 2 + b R     b bytes: 2, or 4 in float32
+    weights                  2 (P + R)           2 (P + R)    P / 2 + b R     b bytes: 2, or 4 in float32; E below
     constants                –                   –            P / 64 · (1 + 4 / 256): a code per block, a scale per 256
     adapters and gradients   2 T, all gradients  8 T          8 T
     optimizer                12 T: a float32 copy and two moments; else by the optimizer, STATE_BYTES per parameter
     activations              with recomputation every layer's input, and what one layer keeps; else what all keep
     logits                   the gradient of their layer's input; a chunk of them, where a layer needs less later
     workspace                –                   –            decoded weights: 8 MiB on a CPU, else the largest
+
+On a CPU, a model that computes in 16 bits reads an embedding of its own, E of the R parameters, from its file, a row
+for each token, so it takes no memory; and its output layer is converted to float32 in pieces of 8 MiB: also workspace.
 
 A layer keeps about twice the widths of its linear layers' outputs for each token: every product is an input of
 something, and norms, activation functions and attention keep theirs too. Its backward pass has up to three tensors of
@@ -43,6 +46,7 @@ class Shape:
     vocabulary: int
     hidden: int
     layers: int
+    embedding: int = 0  # parameters of the input embedding, 0 if they are the output layer's too
 
     @classmethod
     def of(cls, model: Any) -> Shape:
@@ -53,12 +57,14 @@ class Shape:
         weights = {id(layer.weight) for layer in found.values()}
         others = {id(p): p.numel() for n, p in model.named_parameters() if id(p) not in weights and "lora_" not in n}
         config = model.config.get_text_config()
+        embedding = model.get_input_embeddings().weight
         return cls(
             tuple(_features(layer) for layer in found.values()),
             sum(others.values()),
             config.vocab_size,
             config.hidden_size,
             config.num_hidden_layers,
+            0 if head is None or embedding is head.weight else embedding.numel(),
         )
 
     @property
@@ -107,8 +113,11 @@ def parts(shape: Shape, method: str, run: Run) -> dict[str, int]:
     workspace = 0
     if quantized:
         workspace = CPU_WORKSPACE if run.on_cpu else max((n * k for n, k in shape.linears), default=0) * run.itemsize
+    if run.on_cpu and run.itemsize < 4:
+        workspace += CPU_WORKSPACE
+        others -= 0 if full else shape.embedding
     sizes = (
-        base / 2 + others * run.itemsize if quantized else 2 * shape.parameters,
+        base / 2 + others * run.itemsize if quantized else 2 * (base + others),
         base / BLOCK * (1 + 4 / NESTED_BLOCK) if quantized else 0,
         2 * trained if full else 8 * trained,
         trained * (12 if full else STATE_BYTES[run.optim]),

@@ -59,6 +59,24 @@ def test_70b_fits_into_48_gb():
     assert largest_batch(shape, "LoRA", run, 80 * 2**30) == 0
 
 
+def test_on_a_cpu_an_embedding_of_its_own_stays_in_its_file():
+    """In 16 bits; in float32 it is converted, and a tied one is the output layer too, which is read whole."""
+    sizes = (64, 128, 2, 4, 2, 500)
+    for tied, itemsize, on_cpu, method, absent in (
+        (False, 2, True, "QLoRA", 500 * 64),
+        (False, 2, True, "LoRA", 500 * 64),
+        (False, 2, True, "full fine-tuning", 0),
+        (False, 2, False, "QLoRA", 0),
+        (False, 4, True, "QLoRA", 0),
+        (True, 2, True, "QLoRA", 0),
+    ):
+        shape = llama(*sizes, tied=tied)
+        needs = parts(shape, method, Run(1, 64, shape.adapter(4), itemsize, on_cpu=on_cpu))
+        others = shape.others - absent
+        whole = itemsize * others + shape.in_linears // 2 if method == "QLoRA" else 2 * (shape.in_linears + others)
+        assert needs["weights"] == whole
+
+
 def test_other_architectures_are_counted_too():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(GPT2Config())
@@ -119,7 +137,7 @@ def test_parts_grow_as_they_should():
     assert both[1]["activations"] == 2 * both[0]["activations"]
     kept = parts(shape, "QLoRA", Run(2, 64, shape.adapter(4), 4, recompute=False))
     assert kept["activations"] > parts(shape, "QLoRA", run)["activations"]
-    half = parts(shape, "QLoRA", Run(2, 64, shape.adapter(4), 2))
+    half = parts(shape, "QLoRA", Run(2, 64, shape.adapter(4), 2, on_cpu=False))
     assert half["weights"] == shape.in_linears // 2 + 2 * shape.others
 
 
