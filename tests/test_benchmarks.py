@@ -1,7 +1,9 @@
-"""A rehearsal of the GPU benchmarks: every line of them runs on the emulated GPU, on small shapes."""
+"""A rehearsal of the benchmarks on small shapes: those for a GPU on the emulated one, and the large runs on a CPU."""
 
 import importlib.util
 import json
+import math
+import subprocess
 import sys
 
 import emulation
@@ -76,3 +78,73 @@ def test_on_a_gpu():
     gpu = machine.Gpu()
     gpu.tiny = True
     assert run.run(gpu, list(run.NAMES), 1, None)
+
+
+LARGE_RUNS = """
+import sys
+from benchmarks import growth, load, scale, shards
+
+out = sys.argv[1]
+shards.SIZES["tiny"] = load.TINY | {"num_hidden_layers": 2, "tie_word_embeddings": True}
+tiny = ["tiny", "--directory", f"{out}/tiny", "--json"]
+scale.main([*tiny, f"{out}/scale.json", "--tokens", "8", "--steps", "3", "--threads", "1", "--r", "4"])
+load.main([*tiny, f"{out}/load.json", "--rounds", "1"])
+growth.START = {"length": 4, "layers": 1, "batch": 1, "rank": 2}
+growth.DOUBLINGS, growth.STEPS, growth.VOCABULARY = 2, 1, 64
+growth.main(["--json", f"{out}/growth.json", "--plot", f"{out}/growth.svg"])
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    out = tmp_path_factory.mktemp("large")
+    command = [sys.executable, "-c", LARGE_RUNS, str(out)]
+    done = subprocess.run(command, cwd=emulation.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scale(large):
+    out, printed = large
+    result = json.loads((out / "scale.json").read_text())
+    names = [
+        "load",
+        "adapter",
+        *(f"step {n}: {part}" for n in (1, 2, 3) for part in ("forward", "backward", "optimizer")),
+    ]
+    assert [part["name"] for part in result["parts"]] == names
+    assert all(0 < part["before"] <= part["peak"] >= part["after"] > 0 for part in result["parts"])
+    assert result["peak"] == max(part["peak"] for part in result["parts"])
+    assert result["losses"][2] < result["losses"][0] and math.isclose(result["losses"][0], math.log(64), rel_tol=0.1)
+    assert all(f"| {name} |" in printed for name in names) and "estimated peak: " in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_load(large):
+    out, _ = large
+    result = json.loads((out / "load.json").read_text())
+    assert len(result["rounds"]) == 6 and {len(samples) for samples in result["rounds"].values()} == {1}
+    allowed = {name: samples[0].get("allowed") for name, samples in result["rounds"].items()}
+    assert allowed["bf16 to NF4: pyqlora"] == allowed["bf16 to NF4: bitsandbytes"] == allowed["from NF4: pyqlora"]
+    assert 0 < result["bytes"]["from"] < result["bytes"]["bf16"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_growth(large):
+    out, printed = large
+    axes = json.loads((out / "growth.json").read_text())["axes"]
+    assert {len(points) for points in axes.values()} == {3} and len(
+        {json.dumps(points[0]) for points in axes.values()}
+    ) == 1
+    assert printed.count("| length |") == 2 and (out / "growth.svg").read_text().count("from 4") == 1
+
+
+def test_growth_of_a_line_and_a_parabola():
+    from benchmarks.growth import growth
+
+    assert growth([5 + 3 * x for x in (1, 2, 4, 8)]) == 2
+    assert growth([5 + 3 * x * x for x in (1, 2, 4, 8)]) == 4
+    assert math.isnan(growth([1, 1, 1]))
