@@ -9,10 +9,10 @@ With P parameters in linear layers, R others (embeddings, norms, the output laye
     optimizer                12 T: a float32 copy and two moments; else by the optimizer, STATE_BYTES per parameter
     activations              with recomputation every layer's input, and what one layer keeps; else what all keep
     logits                   the gradient of their layer's input; a chunk of them, where a layer needs less later
-    workspace                –                   –            decoded weights: 8 MiB on a CPU, else the largest
+    workspace                –                   –            on a GPU the largest weight, decoded; none on a CPU
 
 On a CPU, a model that computes in 16 bits reads an embedding of its own, E of the R parameters, from its file, a row
-for each token, so it takes no memory; and its output layer is converted to float32 in pieces of 8 MiB: also workspace.
+for each token, so it takes no memory.
 
 A layer keeps about twice the widths of its linear layers' outputs for each token: every product is an input of
 something, and norms, activation functions and attention keep theirs too. Its backward pass has up to three tensors of
@@ -34,7 +34,6 @@ METHODS = ("full fine-tuning", "LoRA", "QLoRA")
 PARTS = ("weights", "constants", "adapters and gradients", "optimizer", "activations", "logits", "workspace")
 STATE_BYTES = {"paged_adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "adamw_torch": 8}
 BLOCK, NESTED_BLOCK = 64, 256
-CPU_WORKSPACE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,9 @@ def parts(shape: Shape, method: str, run: Run) -> dict[str, int]:
     base, others = shape.in_linears, shape.others
     full, quantized = method == "full fine-tuning", method == "QLoRA"
     trained = shape.parameters if full else run.trained
-    workspace = 0
-    if quantized:
-        workspace = CPU_WORKSPACE if run.on_cpu else max((n * k for n, k in shape.linears), default=0) * run.itemsize
-    if run.on_cpu and run.itemsize < 4:
-        workspace += CPU_WORKSPACE
-        others -= 0 if full else shape.embedding
+    if run.on_cpu and run.itemsize < 4 and not full:
+        others -= shape.embedding
+    decoded = quantized and not run.on_cpu
     sizes = (
         base / 2 + others * run.itemsize if quantized else 2 * (base + others),
         base / BLOCK * (1 + 4 / NESTED_BLOCK) if quantized else 0,
@@ -123,7 +119,7 @@ def parts(shape: Shape, method: str, run: Run) -> dict[str, int]:
         trained * (12 if full else STATE_BYTES[run.optim]),
         activations(shape, run),
         logits(shape, run),
-        workspace,
+        max((n * k for n, k in shape.linears), default=0) * run.itemsize if decoded else 0,
     )
     return dict(zip(PARTS, map(int, sizes), strict=True))
 

@@ -138,6 +138,7 @@ def test_parts_grow_as_they_should():
     kept = parts(shape, "QLoRA", Run(2, 64, shape.adapter(4), 4, recompute=False))
     assert kept["activations"] > parts(shape, "QLoRA", run)["activations"]
     half = parts(shape, "QLoRA", Run(2, 64, shape.adapter(4), 2, on_cpu=False))
+    assert half["workspace"] == 2 * 64 * 128 and kept["workspace"] == 0
     assert half["weights"] == shape.in_linears // 2 + 2 * shape.others
 
 
