@@ -1,15 +1,17 @@
-"""`pyqlora bench`: pyqlora beside its peers on this machine; the benchmarks themselves are in the source checkout."""
+"""`pyqlora bench`: pyqlora beside its peers on this machine. The benchmarks are the checkout's, which wheels bring."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 PEERS = ("bitsandbytes", "peft")
+INSTALLED = Path(__file__).parents[1] / "measuring"  # where a wheel has them; pyproject.toml says so
 
 
 def bench(
@@ -19,10 +21,10 @@ def bench(
     json: Annotated[str | None, typer.Option(help="Write every sample here.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Print tables of pyqlora beside bitsandbytes, PEFT and dense torch, interleaved and checked (in a checkout)."""
-    sys.path.insert(0, "")
+    """Print tables of pyqlora beside bitsandbytes, PEFT and dense torch, interleaved and checked."""
+    sys.path[:0] = ["", str(INSTALLED)]
     if importlib.util.find_spec("benchmarks") is None or importlib.util.find_spec("benchmarks.harness") is None:
-        raise FileNotFoundError("the benchmarks are not part of the installed package: run this in a source checkout")
+        raise FileNotFoundError("the benchmarks are not part of this build: run this in a source checkout")
     missing = [name for name in PEERS if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"nothing to compare with: pip install {' '.join(missing)}")
