@@ -51,7 +51,8 @@ class Meter:
             now = _times()
             part.wall_s = time.perf_counter() - wall
             part.cpu_s, part.system_s = sum(now) - sum(used), now[1] - used[1]
-            part.peak, part.after = _status("VmHWM:"), resident()
+            part.after = resident()
+            part.peak = max(_status("VmHWM:"), part.before, part.after)  # the counters are exact to a few pages
             self.parts.append(part)
 
     def peak(self) -> int:
