@@ -252,7 +252,10 @@ def _report_unquantized(model: nn.Module) -> None:
         for key, param in module.named_parameters(recurse=False):
             if param.dim() > 2 and param.is_floating_point():
                 size = param.numel() * param.element_size() / 2**20
-                logger.warning(f"{name}.{key} {tuple(param.shape)} was not quantized: {size:.0f} MiB in {param.dtype}")
+                logger.warning(
+                    f"{name}.{key} {tuple(param.shape)} was not quantized: {size:.0f} MiB in {param.dtype}; "
+                    "pyqlora.nn.parametrize.replace_parameter_4bit(module, name) quantizes a parameter of any shape"
+                )
 
 
 def register() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from pyqlora import BitsAndBytesConfig, quant
 from pyqlora.integrations import transformers as integration
 from pyqlora.nn import Linear4bit, Params4bit
+from pyqlora.nn.parametrize import replace_parameter_4bit
 
 SETTINGS = {
     "load_in_4bit": True,
@@ -162,6 +163,37 @@ def test_missing_weights_are_said_aloud(base, tmp_path, caplog):
     finally:
         transformers.logging.get_logger("transformers").propagate = False
     assert "model.layers.1.mlp.up_proj.weight was not quantized" in caplog.text
+
+
+def test_stacked_experts_are_said_aloud_and_quantize_by_parametrization(tmp_path, caplog):
+    """transformers 5 keeps a layer's experts in two tensors of three dimensions, which no linear layer replaces."""
+    if not hasattr(transformers, "Qwen3MoeForCausalLM") or int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("experts are linear layers before transformers 5")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 128, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    base = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **heads))
+    base.save_pretrained(tmp_path)
+    transformers.logging.get_logger("transformers").propagate = True
+    try:
+        model = load(tmp_path, dtype=torch.float32)
+    finally:
+        transformers.logging.get_logger("transformers").propagate = False
+    assert "mlp.experts.gate_up_proj (4, 128, 64) was not quantized" in caplog.text
+    assert "pyqlora.nn.parametrize.replace_parameter_4bit(module, name)" in caplog.text
+
+    experts, whole = model.model.layers[0].mlp.experts, model.get_memory_footprint()
+    wanted = {}
+    for name in ("gate_up_proj", "down_proj"):
+        packed, state = quant.quantize_4bit(getattr(experts, name).data, 64, "nf4", False)
+        wanted[name] = quant.dequantize_4bit(packed, state)
+        replace_parameter_4bit(experts, name)
+    assert model.get_memory_footprint() < whole / 2
+    got = logits(model)
+    dense = load(tmp_path, dtype=torch.float32)
+    for name, value in wanted.items():
+        getattr(dense.model.layers[0].mlp.experts, name).data.copy_(value)
+    torch.testing.assert_close(got, logits(dense))
 
 
 def test_configuration_errors():
