@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -65,7 +66,13 @@ class GlobalOptimManager:
         overrides = {key: value} if key_value_dict is None else key_value_dict
         self.uses_config_override = True
         for p in [parameters] if isinstance(parameters, Tensor) else parameters:
-            self.pid2config.setdefault(id(p), {}).update(overrides)
+            self.remember(p, overrides)
+
+    def remember(self, p: Tensor, overrides: dict[str, Any]) -> None:
+        """Override the configuration of one parameter for as long as it lives: its id may then be another's."""
+        if id(p) not in self.pid2config:
+            weakref.finalize(p, self.pid2config.pop, id(p), None).atexit = False
+        self.pid2config.setdefault(id(p), {}).update(overrides)
 
     def register_module_override(self, module: torch.nn.Module, param_name: str, config: dict[str, Any]) -> None:
         """Override the configuration of `module.<param_name>`, looked up when an optimizer takes its next step."""

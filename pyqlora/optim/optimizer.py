@@ -116,7 +116,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         shared = {**vars(self.args), **{key: value for key, value in group.items() if key != "params"}}
         by_id, by_index = self.mng.pid2config, self.mng.index2config
         for module, name, config in self.mng.module_weight_config_triple:
-            by_id[id(getattr(module, name))] = config
+            self.mng.remember(getattr(module, name), config)
         params = list(enumerate(group["params"]))
         if not all_params:
             params = [(index, p) for index, p in params if p.grad is not None]

@@ -1,6 +1,7 @@
 """What every torch.optim.Optimizer promises, and what bitsandbytes adds to it."""
 
 import copy
+import gc
 import inspect
 import io
 
@@ -214,10 +215,22 @@ def test_overrides(manager):
     run(optimizer, ps, 2)
     assert [optimizer.state[p]["state1"].dtype for p in ps] == [torch.float32, torch.uint8, torch.float32]
     assert torch.equal(ps[1], before)
+    assert len(manager.pid2config) == 3
     with pytest.raises(ValueError, match="either key and value, or key_value_dict"):
         manager.override_config(ps[0])
     with pytest.raises(RuntimeError, match="get_instance"):
         optim.GlobalOptimManager()
+
+
+def test_an_override_goes_with_its_parameter(manager):
+    """Another parameter may get the id of one that is gone."""
+    p = torch.nn.Parameter(torch.zeros(4096))
+    manager.override_config(p, "optim_bits", 32)
+    manager.override_config(p, "lr", 0.0)
+    assert manager.pid2config == {id(p): {"optim_bits": 32, "lr": 0.0}}
+    del p
+    gc.collect()
+    assert manager.pid2config == {}
 
 
 @pytest.mark.parametrize(
