@@ -20,6 +20,7 @@ from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from pyqlora.matmul import matmul_4bit
 from pyqlora.model import PeftModel
 from pyqlora.ops.linear_cross_entropy import linear_cross_entropy
+from pyqlora.ops.selective_checkpointing import selective_checkpointing
 from pyqlora.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from pyqlora.tasks import (
     PeftModelForCausalLM,
@@ -75,6 +76,7 @@ __all__ = [
     "matmul_4bit",
     "prepare_model_for_kbit_training",
     "replace_linear_with_lora",
+    "selective_checkpointing",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

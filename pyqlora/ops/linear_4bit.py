@@ -8,6 +8,7 @@ from torch import Tensor
 from pyqlora import _C
 from pyqlora.ops import linear_4bit_cuda
 from pyqlora.ops.backend import is_plain, native
+from pyqlora.ops.selective_checkpointing import kept
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
 
@@ -148,7 +149,8 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _save(ctx, inputs, None)
-        return forward(*inputs)
+        (y,) = kept((inputs[1].data_ptr(), inputs[0].shape), lambda: (forward(*inputs),))
+        return y
 
     backward = staticmethod(_grads)
 

@@ -22,6 +22,7 @@ from pyqlora.ops import lora_linear_cpu as on_cpu
 from pyqlora.ops import lora_linear_cuda as kernels
 from pyqlora.ops import lora_shared_cuda as shared
 from pyqlora.ops.backend import is_plain, native
+from pyqlora.ops.selective_checkpointing import keeping
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
 _UPDATE = "Tensor a, Tensor b, float scaling, float dropout, Tensor? seed, ScalarType dtype"
@@ -235,5 +236,5 @@ def lora_linear(
     inputs = base, x, a, b, scaling, dropout, draw_seed(x, dropout), update_dtype(x, a)
     if not is_plain(x):
         return torch.ops.pyqlora.lora_linear(*inputs)[0]
-    inplace = inplace and base.is_contiguous() and not base._is_view()
+    inplace = inplace and base.is_contiguous() and not base._is_view() and not keeping()
     return _LoraLinear.apply(*inputs, inplace)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from pyqlora.ops import linear_4bit, lora_linear, lora_linear_cpu, lora_linear_cuda
 from pyqlora.ops.backend import is_plain, on_gpu
+from pyqlora.ops.selective_checkpointing import kept
 
 
 def serves(x: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -32,7 +33,10 @@ def _forward(x, a, b, bias, weight, shape, scaling, dropout, seed) -> tuple[Tens
 class _LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, bias, weight, shape, scaling, dropout, seed):
-        y, h = _forward(x, a, b, bias, weight, shape, scaling, dropout, seed)
+        y, h, seed = kept(
+            (weight[0].data_ptr(), x.shape),
+            lambda: (*_forward(x, a, b, bias, weight, shape, scaling, dropout, seed), seed),
+        )
         ctx.save_for_backward(x, h, a, b, seed, *weight[:5])
         ctx.rest, ctx.shape, ctx.scaling, ctx.dropout = weight[5:], shape, scaling, dropout
         ctx.bias_dtype = None if bias is None else bias.dtype

@@ -1,0 +1,88 @@
+"""Gradient checkpointing that repeats a block's forward pass without its matrix products: `selective_checkpointing`.
+
+Most of a block's time goes to its linear layers, but most of what checkpointing saves is not their outputs: a Llama
+block holds as much again for its norms, rotations, activation functions and attention. So the outputs of the layers on
+4-bit weights stay, and everything else is computed again from them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from torch import Tensor
+
+Result = tuple[Tensor | None, ...]
+_threads = threading.local()  # `current`: the pass that this thread is in
+
+
+class _Block:
+    """The results of a checkpointed block's layers, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.results: list[tuple | None] = []
+
+    def record(self, key: tuple, result: Result) -> Result:
+        # Not the tensors themselves, whose graph would hold this block; versions tell whether they are written to.
+        kept = [part if part is None else (part.detach(), part._version) for part in result]
+        self.results.append((key, kept))
+        return result
+
+    def take(self, position: int, key: tuple) -> Result | None:
+        """The result of a call, once; None if it is gone, is that of another layer or was overwritten."""
+        if position >= len(self.results) or self.results[position] is None:
+            return None
+        (its_key, kept), self.results[position] = self.results[position], None
+        if its_key != key or any(part and part[0]._version != part[1] for part in kept):
+            return None
+        return tuple(part and part[0] for part in kept)
+
+
+class _Pass:
+    """The context in which a block is computed: in its `first` pass results are recorded, later they are taken."""
+
+    def __init__(self, block: _Block, first: bool):
+        self.block, self.first, self.position = block, first, 0
+
+    def __enter__(self) -> None:
+        self.position, self.outer = 0, getattr(_threads, "current", None)
+        _threads.current = self
+
+    def __exit__(self, *_: object) -> None:
+        _threads.current = self.outer
+
+    def result(self, key: tuple, compute: Callable[[], Result]) -> Result:
+        if self.first:
+            return self.block.record(key, compute())
+        taken = self.block.take(self.position, key)
+        self.position += 1
+        return compute() if taken is None else taken
+
+
+def selective_checkpointing() -> tuple[_Pass, _Pass]:
+    """The `context_fn` of torch.utils.checkpoint for blocks whose layers on 4-bit weights are not to run twice.
+
+    transformers and PEFT's helpers pass it on, where checkpointing is not reentrant:
+
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": pyqlora.selective_checkpointing})
+
+    Losses and gradients are those of plain checkpointing, to the bit. A layer's output stays until the backward pass
+    takes it: in a Llama of hidden size d, intermediate size i and k key-value dimensions 3·d + 2·k + 2·i numbers for
+    each token and block, beside the d of plain checkpointing. Dense layers run twice as ever.
+
+    Returns:
+        The contexts for a block's first and for its repeated forward pass.
+    """
+    block = _Block()
+    return _Pass(block, first=True), _Pass(block, first=False)
+
+
+def keeping() -> bool:
+    """Whether what is computed now may be kept, so that it must not be written to."""
+    return getattr(_threads, "current", None) is not None
+
+
+def kept(key: tuple, compute: Callable[[], Result]) -> Result:
+    """What `compute` returns, from the block's first pass where it was kept; `key` tells the layers' calls apart."""
+    current = getattr(_threads, "current", None)
+    return compute() if current is None else current.result(key, compute)
