@@ -1,4 +1,4 @@
-"""Selective checkpointing gives plain checkpointing's bits, computes every 4-bit layer once, and lets go of what it kept."""
+"""Selective checkpointing gives plain checkpointing's bits from half the products, and lets go of what it kept."""
 
 from __future__ import annotations
 
