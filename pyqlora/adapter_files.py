@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.experts import stack_weights
-from pyqlora.lora_layer import PARAMETER_DICTS, LoraLayer
+from pyqlora.lora_layer import LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -68,8 +68,7 @@ def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:
     for path, module in model.named_modules():
         prefix = f"{path}.".replace(FSDP, "") if path else ""
         if isinstance(module, LoraLayer):
-            for kind in PARAMETER_DICTS:
-                held = getattr(module, kind)
+            for kind, held in module.parameter_dicts().items():
                 if adapter_name not in held:
                     continue
                 if isinstance(held[adapter_name], Tensor):
@@ -195,7 +194,7 @@ def set_peft_model_state_dict(
     prefixed = any(name.startswith(PREFIX) for name in own_state)
     weights = {key if prefixed else key.removeprefix(PREFIX): value for key, value in peft_model_state_dict.items()}
     keys = {**{key: key for key in all_state}, **keys}
-    weights = _by_own_names(model, weights, keys, PREFIX if prefixed else "")
+    weights = by_own_names(model, weights, keys, PREFIX if prefixed else "")
     placed = {keys[key]: value for key, value in weights.items() if key in keys}
     unexpected = [key for key in weights if key not in keys]
     missing = [own for own in expected if own not in placed]
@@ -226,7 +225,7 @@ def set_peft_model_state_dict(
     return LoadResult(missing, unexpected, misshapen)
 
 
-def _by_own_names(
+def by_own_names(
     model: nn.Module, weights: dict[str, Tensor], places: Collection[str], prefix: str
 ) -> dict[str, Tensor]:
     """The weights, those among them that have no place by the names that transformers gives to an older checkpoint."""

@@ -1,6 +1,6 @@
 """LoRA on nn.MultiheadAttention."""
 
-# ruff: noqa: D102 - LoraLayer says what the methods do
+# ruff: noqa: D102 - LoraModule says what the methods do
 
 from __future__ import annotations
 

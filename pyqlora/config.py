@@ -313,7 +313,10 @@ class LoraConfig(PeftConfig):
         self._check_initialisation()
 
     def _register_custom_module(self, mapping: dict[type, type]) -> None:
-        """Use own subclasses of a LoRA layer for kinds of base layers: {kind: subclass}; not written to files."""
+        """Adapt kinds of base layers by the program's own layers: {kind: subclass of nn.Module and LoraLayer}.
+
+        Files do not hold it: name them again in the config that `PeftModel.from_pretrained(…, config=config)` gets.
+        """
         self._custom_modules.update(mapping)
 
     def _check_layer_selection(self) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from pyqlora import inject
 from pyqlora.config import LoraConfig
 from pyqlora.kinds import LAYERS, is_linear
+from pyqlora.lora_layer import PREFIX
 from pyqlora.parameters import ParamWrapper, own_parameters
-from pyqlora.targets import PREFIX
 from pyqlora.variants import scaling_factor
 
 ROUTERS = ("gate",)  # linear layers in transformers 4, modules of their own kind with a `weight` in 5

@@ -14,24 +14,24 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pyqlora.adapter_files import file_keys, load_peft_weights
+from pyqlora.adapter_files import PREFIX, by_own_names, file_keys, load_peft_weights
 from pyqlora.config import LoraConfig, PeftConfig
+from pyqlora.experts import target_stacks
 from pyqlora.inject import pattern_value
 from pyqlora.layers import ConvNd, Embedding, Linear
-from pyqlora.lora_layer import PARAMETER_DICTS, LoraLayer
+from pyqlora.lora_layer import LoraLayer
+from pyqlora.parameters import ParamWrapper
 from pyqlora.turns import in_turn
 from pyqlora.variants import scaling_factor
 
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 RANK_ATTRIBUTES = {"lora_A": ("out_features", "out_channels"), "lora_B": ("in_features", "in_channels")}
 FIXED = ("peft_type", "use_dora", "lora_bias", "bias")  # settings that a swap cannot change
-ROOT = "base_model.model."
 
 
 class Slot(NamedTuple):
@@ -104,6 +104,8 @@ def hotswap_adapter(
     check_hotswap_configs_compatible(configs[adapter_name], config)
     weights = load_peft_weights(str(model_name_or_path), device=torch_device, **kwargs)
     names = file_keys(_plain(model), adapter_name)
+    target_stacks(config, model.get_base_model())
+    weights = by_own_names(model, weights, names, PREFIX)
     named = {names.get(key) or _with_adapter(key, adapter_name): value for key, value in weights.items()}
     hotswap_adapter_from_state_dict(model, named, adapter_name, config)
 
@@ -142,9 +144,9 @@ def hotswap_adapter_from_state_dict(
             slot.put(state_dict[name])
         else:
             slot.parameter.data.zero_()
-    for path, layer in layers.items():
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+    for target, layer in layers:
+        r = pattern_value(config.rank_pattern, target, config.r)
+        alpha = pattern_value(config.alpha_pattern, target, config.lora_alpha)
         layer.use_rslora[adapter_name] = config.use_rslora
         _set_scaling(layer, adapter_name, scaling_factor(alpha, r, config.use_rslora))
         _set_rank(layer, adapter_name)
@@ -152,9 +154,10 @@ def hotswap_adapter_from_state_dict(
     if own is not None:
         own.use_rslora, own.lora_dropout = config.use_rslora, config.lora_dropout
         _describe(own, layers, adapter_name)
-    for layer in layers.values():
-        if isinstance(layer.lora_dropout[adapter_name], nn.Dropout):
-            layer.lora_dropout[adapter_name].p = config.lora_dropout
+    for _, layer in layers:
+        dropout = dict(layer.lora_dropout).get(adapter_name)
+        if isinstance(dropout, nn.Dropout):
+            dropout.p = config.lora_dropout
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -213,13 +216,13 @@ def prepare_model_for_compiled_hotswap(
     for name in adapters:
         slots, layers, _ = _slots(model, name)
         if target_rank is not None:
-            _check_target(slots.values(), layers.values(), name, target_rank)
+            _check_target([layer for _, layer in layers], name, target_rank)
             for slot in slots.values():
                 if slot.axis is not None:
                     groups = getattr(slot.holder, "groups", 1) if slot.axis else 1
                     slot.put(slot.padded(slot.parameter, target_rank // groups))
-        for layer in layers.values():
-            layer.scaling[name] = torch.as_tensor(layer.scaling[name], device=layer.weight.device)
+        for _, layer in layers:
+            layer.scaling[name] = torch.as_tensor(layer.scaling[name], device=layer.factors(name)[0].device)
             _set_rank(layer, name)
     if config and target_rank is not None:
         for one in config.values() if isinstance(config, dict) else [config]:
@@ -237,18 +240,18 @@ def _with_adapter(key: str, adapter_name: str) -> str:
     return f"{path}.{adapter_name}.{last}"
 
 
-def _slots(model: nn.Module, adapter: str) -> tuple[dict[str, Slot], dict[str, LoraLayer], set[str]]:
-    """The adapter's parameters by name, its layers by path in the base model, names of modules trained whole."""
+def _slots(model: nn.Module, adapter: str) -> tuple[dict[str, Slot], list[tuple[str, LoraLayer]], set[str]]:
+    """The adapter's parameters by name, its layers with their names in a config, names of modules trained whole."""
     slots: dict[str, Slot] = {}
-    layers: dict[str, LoraLayer] = {}
+    layers: list[tuple[str, LoraLayer]] = []
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.adapters():
             continue
-        layers[path.removeprefix(ROOT)] = layer
+        target = path.removeprefix(PREFIX).partition(".base_layer")[0]  # attention has a second layer inside
+        layers.append((f"{target}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else target, layer))
         blocks = layer.get_base_layer().groups if isinstance(layer, ConvNd) else 1
-        ranked = isinstance(layer, (Linear, Embedding, ConvNd))
-        for kind in PARAMETER_DICTS:
-            held = getattr(layer, kind)
+        ranked = _has_rank(layer)
+        for kind, held in layer.parameter_dicts().items():
             if adapter not in held:
                 continue
             inner = held[adapter]
@@ -261,6 +264,11 @@ def _slots(model: nn.Module, adapter: str) -> tuple[dict[str, Slot], dict[str, L
     state = dict(model.named_parameters())
     whole = {name for name in file_keys(model, adapter).values() if name not in slots and name in state}
     return slots | {name: Slot(state[name]) for name in whole}, layers, whole
+
+
+def _has_rank(layer: LoraLayer) -> bool:
+    """Whether the rank of the layer's factors may change: not in a stack of experts, nor in a program's own layer."""
+    return isinstance(layer, (Linear, Embedding, ConvNd))
 
 
 def _check(slots: dict[str, Slot], whole: set[str], state_dict: dict[str, Tensor]) -> None:
@@ -283,7 +291,7 @@ def _check(slots: dict[str, Slot], whole: set[str], state_dict: dict[str, Tensor
             )
 
 
-def _check_target(slots: Iterable[Slot], layers: Iterable[LoraLayer], adapter: str, target: int) -> None:
+def _check_target(layers: list[LoraLayer], adapter: str, target: int) -> None:
     largest = max(layer.r[adapter] for layer in layers)
     if largest > target:
         raise ValueError(
@@ -291,6 +299,11 @@ def _check_target(slots: Iterable[Slot], layers: Iterable[LoraLayer], adapter: s
             "This is not possible."
         )
     for layer in layers:
+        if not _has_rank(layer) and layer.r[adapter] != target:
+            raise ValueError(
+                f"Trying to pad a {type(layer).__name__} LoRA adapter of rank {layer.r[adapter]} to target rank "
+                f"{target}: only linear layers, embeddings and convolutions can be padded"
+            )
         groups = layer.get_base_layer().groups if isinstance(layer, ConvNd) else 1
         if target % groups:
             raise ValueError(
@@ -309,9 +322,9 @@ def _set_scaling(layer: LoraLayer, adapter: str, scaling: float) -> None:
 
 def _set_rank(layer: LoraLayer, adapter: str) -> None:
     """Let the layer's rank be that of its parameters, and its alpha the one that then gives its scaling."""
-    r = layer.factors(adapter)[0].shape[0]
-    layer.r[adapter] = r
-    layer.lora_alpha[adapter] = _alpha(float(layer.scaling[adapter]), r, layer.use_rslora[adapter])
+    if _has_rank(layer):
+        layer.r[adapter] = layer.factors(adapter)[0].shape[0]
+    layer.lora_alpha[adapter] = _alpha(float(layer.scaling[adapter]), layer.r[adapter], layer.use_rslora[adapter])
 
 
 def _alpha(scaling: float, r: int, use_rslora: bool) -> float:
@@ -319,14 +332,14 @@ def _alpha(scaling: float, r: int, use_rslora: bool) -> float:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-6) else alpha
 
 
-def _describe(config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
+def _describe(config: LoraConfig, layers: list[tuple[str, LoraLayer]], adapter: str) -> None:
     """Let a config say the ranks and alphas that the layers have, so that what is saved loads as it ran."""
-    ranks = {path: layer.r[adapter] for path, layer in layers.items()}
-    alphas = {path: layer.lora_alpha[adapter] for path, layer in layers.items()}
+    ranks = {target: layer.r[adapter] for target, layer in layers}
+    alphas = {target: layer.lora_alpha[adapter] for target, layer in layers}
     ((config.r, _),) = Counter(ranks.values()).most_common(1)
     ((config.lora_alpha, _),) = Counter(alphas.values()).most_common(1)
-    config.rank_pattern = {path: r for path, r in ranks.items() if r != config.r}
-    config.alpha_pattern = {path: alpha for path, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.rank_pattern = {target: r for target, r in ranks.items() if r != config.r}
+    config.alpha_pattern = {target: alpha for target, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def _pad_config(config: LoraConfig, target: int) -> None:

@@ -12,6 +12,7 @@ from pyqlora.attention import MultiheadAttention
 from pyqlora.config import LoraConfig
 from pyqlora.layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from pyqlora.lora_layer import LoraLayer
+from pyqlora.lora_module import LoraModule
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -19,7 +20,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or dense.is_transposed(module)
 
 
-LAYERS: list[tuple[Callable[[nn.Module], bool], type[LoraLayer]]] = [
+LAYERS: list[tuple[Callable[[nn.Module], bool], type[LoraModule]]] = [
     (is_linear, Linear),
     (lambda module: isinstance(module, nn.Embedding), Embedding),
     (lambda module: isinstance(module, nn.Conv1d), Conv1d),
@@ -34,9 +35,15 @@ def make_layer(target: nn.Module, adapter_name: str, config: LoraConfig, r: int,
 
     Raises:
         ValueError: a kind of module without one.
+        TypeError: a class named there is no nn.Module or no LoraLayer.
     """
     known = next((kind for fits, kind in LAYERS if fits(target)), None)
     own = next((layer for kind, layer in config._custom_modules.items() if isinstance(target, kind)), None)
+    if own is not None and not (issubclass(own, nn.Module) and issubclass(own, LoraLayer)):
+        raise TypeError(
+            f"_register_custom_module: {own.__name__}, named for {type(target).__name__}, must inherit from nn.Module "
+            "and from LoraLayer (pyqlora.lora_layer)"
+        )
     if own is not None and known is None:
         warnings.warn(f"Unsupported layer type '{type(target)}' encountered, proceed at your own risk.", stacklevel=5)
     if known is not None:

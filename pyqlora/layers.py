@@ -1,6 +1,6 @@
 """The LoRA layers of the kinds of base layer that have a weight of their own: linear, embedding, convolution."""
 
-# ruff: noqa: D102 - LoraLayer says what the methods do
+# ruff: noqa: D102 - LoraModule says what the methods do
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyqlora.config import LoraConfig
-from pyqlora.lora_layer import LoraLayer
+from pyqlora.lora_module import LoraModule
 from pyqlora.nn.linear4bit import Linear4bit
 from pyqlora.ops.lora_linear import lora_linear
 from pyqlora.ops.lora_rows import lora_rows
@@ -25,19 +25,11 @@ def _is_watched(layer: nn.Module) -> bool:
     return bool(hooks) or "forward" in layer.__dict__
 
 
-class Linear(LoraLayer):
+class Linear(LoraModule):
     """LoRA on a linear layer: nn.Linear, Linear4bit or transformers' Conv1D."""
 
     def base_features(self) -> tuple[int, int]:
-        base = self.get_base_layer()
-        if hasattr(base, "in_features"):
-            return base.in_features, base.out_features
-        return tuple(base.weight.shape)  # Conv1D stores [in, out]
-
-    def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
-        # nn.Linear's own initialisation is overwritten, but it draws random numbers as PEFT does: same seed, same A.
-        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
-        self.lora_B[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
+        return tuple(self.get_base_layer().weight.shape) if self.fan_in_fan_out else super().base_features()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
@@ -80,7 +72,7 @@ class Linear(LoraLayer):
         return lora_rows(result, x, a, b, scalings, [used.index(name) if name in used else -1 for name in names])
 
 
-class Embedding(LoraLayer):
+class Embedding(LoraModule):
     """LoRA on nn.Embedding: A holds a column for each row of the table."""
 
     def base_features(self) -> tuple[int, int]:
@@ -131,7 +123,7 @@ class Embedding(LoraLayer):
         return update if scale is None else update * torch.as_tensor(scale, device=update.device).to(update.dtype)
 
 
-class ConvNd(LoraLayer):
+class ConvNd(LoraModule):
     """LoRA on a convolution: A is a convolution to r channels with the base's kernel, B one of size 1."""
 
     def base_features(self) -> tuple[int, int]:

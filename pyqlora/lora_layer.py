@@ -1,4 +1,4 @@
-"""LoraLayer: what stands in the model in place of an adapted layer, which it keeps as `base_layer`.
+"""LoraLayer: the adapters of one layer of the model, in place of which it stands and which it keeps as `base_layer`.
 
 Parameters are named as in PEFT: `<path>.lora_A.<adapter>.weight` [r, in] and `<path>.lora_B.<adapter>.weight` [out, r];
 embeddings hold `lora_embedding_A.<adapter>` [r, rows] and `lora_embedding_B.<adapter>` [dim, r] instead.
@@ -10,29 +10,40 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pyqlora import dense, merging
+from pyqlora import dense
 from pyqlora.config import LoraConfig
-from pyqlora.rows import names_of_rows
-from pyqlora.variants import Dora, initialise, scaling_factor
+from pyqlora.variants import initialise, scaling_factor
 
-# PEFT's name in the file and in memory -> what it holds for each adapter.
-PARAMETER_DICTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+PREFIX = "lora_"  # how the names of the dictionaries start that hold the adapters' parameters
 
 
-class LoraLayer(nn.Module):
-    """A layer with any number of adapters, some of them active. Subclasses know one kind of base layer."""
+class LoraLayer:
+    """Any number of adapters, some of them active, for one layer; a mixin beside nn.Module.
 
-    adapter_layer_names = PARAMETER_DICTS
+    LoraModule is what pyqlora's own layers are. A program's own layer for another kind of base layer, registered with
+    `LoraConfig._register_custom_module`, is written as for PEFT:
+
+        class LoraLSTM(nn.Module, LoraLayer):
+            def __init__(self, base_layer, adapter_name, **kwargs):  # config, r, lora_alpha
+                super().__init__()
+                LoraLayer.__init__(self, base_layer)
+                self.update_layer(adapter_name, **kwargs)
+
+    It has a forward, which adds the updates of `updating()`, a `make_factors` where the base layer does not tell its
+    in_features and out_features, and merge and unmerge if it is to be merged. Every nn.ModuleDict or nn.ParameterDict
+    in it whose name starts with "lora_" belongs to the adapters: it is trained, saved and loaded by their names.
+
+    Args:
+        base_layer: the layer to adapt.
+    """
+
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     cast_input_dtype_enabled = True  # see pyqlora.helpers.disable_input_dtype_casting
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, r: int, lora_alpha: float):
-        super().__init__()
+    def __init__(self, base_layer: nn.Module, **_: Any):
         self.base_layer = base_layer
-        self.fan_in_fan_out = dense.is_transposed(base_layer)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -46,26 +57,29 @@ class LoraLayer(nn.Module):
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._active_adapters = [adapter_name]
+        self._active_adapters: list[str] = []
         self._disable_adapters = False
         self._frozen_by_disabling: list[nn.Parameter] = []
-        self._stashed: list[nn.Module] = []  # the quantized base layer while its merged twin stands in for it
-        self._dora_factors: dict[str, Tensor] = {}  # by which a merged DoRA adapter has multiplied the weight
         self.tied_to: tuple[LoraLayer] | None = None  # the layer whose factors this one shares; see pyqlora.tying
-        self._dora_cache: dict[str, Tensor] = {}  # the norms that DoraCaching keeps
         self.in_features, self.out_features = self.base_features()
-        self.update_layer(adapter_name, r, lora_alpha, config)
-        self.train(base_layer.training)
 
     # --- what a subclass defines -------------------------------------------------------------------------------------
 
-    def base_features(self) -> tuple[int, int]:
-        """Input and output features of the base layer."""
-        raise NotImplementedError
+    def base_features(self) -> tuple[int | None, int | None]:
+        """Input and output features of the base layer, None where it does not tell."""
+        base = self.get_base_layer()
+        return getattr(base, "in_features", None), getattr(base, "out_features", None)
 
     def make_factors(self, name: str, r: int, config: LoraConfig) -> None:
-        """Create A and B of an adapter, on the CPU in float32."""
-        raise NotImplementedError
+        """Create A and B of an adapter, on the CPU in float32: here those of a linear layer."""
+        if self.in_features is None or self.out_features is None:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs a make_factors of its own: {type(self.get_base_layer()).__name__}, which "
+                "it adapts, does not tell the in_features and out_features of which a linear layer's are made"
+            )
+        # nn.Linear's own initialisation is overwritten, but it draws random numbers as PEFT does: same seed, same A.
+        self.lora_A[name] = nn.Linear(self.in_features, r, bias=False)
+        self.lora_B[name] = nn.Linear(r, self.out_features, bias=config.lora_bias)
 
     def initialise(self, name: str, config: LoraConfig) -> None:
         """Give A and B their first values."""
@@ -73,52 +87,37 @@ class LoraLayer(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of an adapter."""
+        if name not in self.lora_A or name not in self.lora_B:
+            raise NotImplementedError(
+                f"{type(self).__name__} needs methods `factors` and `initialise` of its own: it does not keep adapter "
+                f"{name!r} in lora_A and lora_B"
+            )
         return self.lora_A[name].weight, self.lora_B[name].weight
 
     def delta_matrix(self, name: str) -> Tensor:
         """The unscaled update B·A in float32, in the layout of the base weight."""
-        a, b = self.factors(name)
-        delta = b.float() @ a.float()
-        return delta.t() if self.fan_in_fan_out else delta
+        raise NotImplementedError(f"{type(self).__name__} has no `delta_matrix`, its update as one matrix")
 
-    def scaled_update(self, name: str) -> Tensor:
-        """What the adapter adds to the base weight, in float32."""
-        return self.delta_matrix(name) * self.scaling[name]
+    def splittable_weight(self, method: str) -> Tensor:
+        """The base weight as a float32 [out, in] matrix, for an initialiser that takes a part out of it."""
+        raise TypeError(f"{method} initialisation takes a part out of the base weight: {type(self).__name__} cannot")
 
-    def norm_update(self, name: str) -> Tensor:
-        """What DoRA's norm adds to the base weight, in float32."""
-        return self.scaled_update(name)
-
-    def update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """`result`, which may be overwritten, with the adapter's plain LoRA update of `x` added."""
-        raise NotImplementedError
-
-    def norm_shape(self) -> tuple[int, ...]:
-        """The shape of a value for each output feature that broadcasts over the layer's output."""
-        return (self.out_features,)
-
-    def feature_rows(self, weight: Tensor) -> Tensor:
-        """A weight in the base layer's layout as one row for each output feature."""
-        return weight.t() if self.fan_in_fan_out else weight.flatten(1)
-
-    def along_features(self, values: Tensor) -> Tensor:
-        """A value for each output feature in a shape that broadcasts over the weight."""
-        weight = self.get_base_layer().weight
-        return values if self.fan_in_fan_out else values.view(-1, *(1,) * (weight.dim() - 1))
-
-    def update_rows(self, names: list[str], x: Tensor, result: Tensor) -> Tensor:
-        """`result` with to every row of the batch the update of its own adapter added."""
-        result = result.clone()
-        for name in sorted(set(names) & self.adapters()):
-            rows = torch.tensor([i for i, row in enumerate(names) if row == name], device=x.device)
-            result[rows] = self.update(name, x[rows], result[rows])
-        return result
+    def start_dora(self, name: str) -> None:
+        """Give an adapter with use_dora its magnitudes."""
+        raise ValueError(f"{type(self).__name__} does not support DoRA, please set use_dora to False")
 
     # --- adapters ----------------------------------------------------------------------------------------------------
 
+    def parameter_dicts(self) -> dict[str, nn.ModuleDict | nn.ParameterDict]:
+        """By their names, the dictionaries that hold parameters of adapters under the adapters' names."""
+        dicts = (nn.ModuleDict, nn.ParameterDict)
+        return {
+            name: held for name, held in self._modules.items() if name.startswith(PREFIX) and isinstance(held, dicts)
+        }
+
     def adapters(self) -> set[str]:
         """Names of the adapters that this layer has."""
-        return set(self.r)
+        return set(self.r).union(*self.parameter_dicts().values())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **_: Any) -> None:
         """Add an adapter, or make an existing one anew.
@@ -142,11 +141,11 @@ class LoraLayer(nn.Module):
         self.scaling[adapter_name] = scaling_factor(lora_alpha, r, config.use_rslora)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.make_factors(adapter_name, r, config)
-        if self.factors(adapter_name)[0].device.type != "meta":
+        if not any(parameter.is_meta for parameter in self.adapter_parameters(adapter_name)):
             self.initialise(adapter_name, config)
         self.move_adapter(adapter_name)
         if config.use_dora:
-            Dora.init(self, adapter_name)
+            self.start_dora(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_factors(self, name: str, a: Tensor, b: Tensor) -> None:
@@ -166,8 +165,7 @@ class LoraLayer(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the only active one, the first of those left becomes active."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            held = getattr(self, attribute)
+        for held in (*self.parameter_dicts().values(), *(getattr(self, name) for name in self.other_param_names)):
             if adapter_name in held:
                 del held[adapter_name]
         if adapter_name not in self._active_adapters:
@@ -184,8 +182,8 @@ class LoraLayer(nn.Module):
     def adapter_parameters(self, name: str | None = None) -> list[nn.Parameter]:
         """The parameters of one adapter, or of all."""
         found = []
-        for kind in PARAMETER_DICTS:
-            for key, held in getattr(self, kind).items():
+        for kind in self.parameter_dicts().values():
+            for key, held in kind.items():
                 if name in (None, key):
                     found += [held] if isinstance(held, Tensor) else held.parameters()
         return found
@@ -220,8 +218,7 @@ class LoraLayer(nn.Module):
     def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
         """Train or freeze adapters."""
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
-        for kind in PARAMETER_DICTS:
-            held = getattr(self, kind)
+        for held in self.parameter_dicts().values():
             for name in names & set(held):
                 held[name].requires_grad_(requires_grad)
 
@@ -256,11 +253,6 @@ class LoraLayer(nn.Module):
             else:
                 self.scaling[name] /= scale
 
-    def train(self, mode: bool = True) -> LoraLayer:
-        """As for any module; what DoraCaching has kept is forgotten."""
-        self._dora_cache.clear()
-        return super().train(mode)
-
     # --- the base layer ----------------------------------------------------------------------------------------------
 
     def get_base_layer(self) -> nn.Module:
@@ -284,81 +276,18 @@ class LoraLayer(nn.Module):
         """The parameter that adapters update, as the base layer holds it; None if it holds none."""
         return getattr(self.get_base_layer(), "weight", None)
 
-    def read_weight(self) -> Tensor | None:
-        """A new float32 tensor of that parameter's values; None for a format unknown here."""
-        return dense.read(self.get_base_layer())
-
-    def write_weight(self, weight: Tensor) -> None:
-        """Replace that parameter's values, rounded or quantized to what it holds."""
-        dense.write(self.get_base_layer(), weight)
-
     def updating(self) -> list[str]:
         """The adapters that a forward pass adds: the active ones that the layer has, unless disabled or merged."""
         return (
             [] if self._disable_adapters or self.merged else [name for name in self._active_adapters if name in self.r]
         )
 
-    def weight_with_updates(self) -> Tensor:
-        """The adapted weight plus these adapters' updates, for a base layer that reads it: in float32, rounded once."""
-        weight = self.adapted_weight()
-        with torch.autocast(weight.device.type, enabled=False):
-            updates = [self.scaled_update(name) for name in self.updating()]
-            return sum(updates, weight.float()).to(weight.dtype) if updates else weight
-
-    def splittable_weight(self, method: str) -> Tensor:
-        """The base weight as a float32 [out, in] matrix, for an initialiser that takes a part out of it."""
-        weight = self.read_weight()
-        if weight is None:
-            raise TypeError(f"{method} initialisation needs a float32, float16, bfloat16 or 4-bit base weight")
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Write a float32 [out, in] matrix to the base layer."""
-        self.write_weight(weight.t() if self.fan_in_fan_out else weight)
-
     # --- merging -----------------------------------------------------------------------------------------------------
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's scaled update of the base weight, in the adapter's dtype."""
-        return (self.delta_matrix(adapter) * self.scaling[adapter]).to(self.factors(adapter)[0].dtype)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False) -> None:
-        """See pyqlora.merging.merge."""
-        merging.merge(self, safe_merge, adapter_names, requantize)
+        """Add the updates of adapters (default: the active ones) to the base weight; see pyqlora.merging.merge."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it has no merge of its own")
 
     def unmerge(self) -> None:
-        """See pyqlora.merging.unmerge."""
-        merging.unmerge(self)
-
-    # --- forward -----------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the updates of the active adapters, in the base output's dtype."""
-        names = names_of_rows(len(x), kwargs.pop("adapter_names", None))
-        if names is not None:
-            self._check_rows(names)
-        if self._disable_adapters and self.merged:
-            self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if names is not None:
-            return result if self._disable_adapters else self.update_rows(names, x, result)
-        for name in self.updating():
-            update = Dora.update if self.use_dora[name] else type(self).update
-            result = update(self, name, x, result)
-        return result
-
-    def _check_rows(self, names: list[str]) -> None:
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if any(self.use_dora.get(name) for name in names):
-            raise ValueError("Cannot pass `adapter_names` when DoRA is enabled.")
-
-    def dropout_of(self, name: str) -> float:
-        """The probability of the adapter's dropout, 0 outside training."""
-        layer = self._modules["lora_dropout"]._modules[name]
-        return layer.p if layer.training and isinstance(layer, nn.Dropout) else 0.0
-
-    def __repr__(self) -> str:
-        return "lora." + super().__repr__()
+        """Take all merged updates out of the base weight again."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be unmerged: it has no unmerge of its own")

@@ -12,12 +12,12 @@ from pyqlora import dense
 from pyqlora.variants import Dora
 
 if TYPE_CHECKING:
-    from pyqlora.lora_layer import LoraLayer
+    from pyqlora.lora_module import LoraModule
 
 
 @torch.no_grad()
 def merge(
-    layer: LoraLayer, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False
+    layer: LoraModule, safe_merge: bool = False, adapter_names: list[str] | None = None, requantize: bool = False
 ) -> None:
     """Add updates to the base weight: computed in float32, rounded once.
 
@@ -64,7 +64,7 @@ def merge(
 
 
 @torch.no_grad()
-def unmerge(layer: LoraLayer) -> None:
+def unmerge(layer: LoraModule) -> None:
     """Take all merged updates out of the base weight again; exact for a 4-bit base, up to rounding else."""
     if not layer.merged:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
@@ -82,7 +82,7 @@ def unmerge(layer: LoraLayer) -> None:
     layer.merged_adapters.clear()
 
 
-def unmerged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
+def unmerged_weight(layer: LoraModule, weight: Tensor) -> Tensor:
     """The base weight, of which `weight` are the present values, without any merged adapter."""
     if layer._stashed:
         return dense.read(layer._stashed[0])
@@ -93,14 +93,14 @@ def unmerged_weight(layer: LoraLayer, weight: Tensor) -> Tensor:
     return weight
 
 
-def replace_base(layer: LoraLayer, base: nn.Module) -> None:
+def replace_base(layer: LoraModule, base: nn.Module) -> None:
     """Put another innermost layer into a LoRA layer."""
     while layer.base_layer is not layer.get_base_layer():
         layer = layer.base_layer
     layer.base_layer = base
 
 
-def names_to_merge(layer: LoraLayer, adapter_names: list[str] | None) -> list[str]:
+def names_to_merge(layer: LoraModule, adapter_names: list[str] | None) -> list[str]:
     """Those of the adapters (None: the active ones) that are not merged yet.
 
     Raises:

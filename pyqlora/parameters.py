@@ -1,6 +1,6 @@
 """LoRA on single parameters (target_parameters), such as the stacked weights of a mixture's experts."""
 
-# ruff: noqa: D102 - LoraLayer says what the methods do
+# ruff: noqa: D102 - LoraModule says what the methods do
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pyqlora import dense
 from pyqlora.config import LoraConfig
 from pyqlora.inject import ends_with, pattern_value
 from pyqlora.lora_layer import LoraLayer
+from pyqlora.lora_module import LoraModule
 from pyqlora.rows import row_adapters
 
 
-class ParamWrapper(LoraLayer):
+class ParamWrapper(LoraModule):
     """LoRA on one parameter of the base layer, which runs with W + sBA in its place.
 
     W is [out, in], or a stack of experts: [experts, out, in], or [experts, in, out] if the base layer says

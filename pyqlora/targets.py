@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.inject import EXCLUDED, ends_with, match, pattern_value
-from pyqlora.lora_layer import LoraLayer
+from pyqlora.lora_layer import PREFIX, LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
-PREFIX = "lora_"  # how the names of LoRA's parameters start
 COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
 STACKS = ("gate_up_proj", "down_proj")  # all experts' weights in one parameter, as transformers 5 has them
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper

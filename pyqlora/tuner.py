@@ -16,12 +16,13 @@ from pyqlora.encoder import call_layers
 from pyqlora.experts import target_stacks
 from pyqlora.inject import no_match_error, pattern_value, resolve_targets
 from pyqlora.kinds import make_layer
-from pyqlora.lora_layer import LoraLayer
+from pyqlora.lora_layer import PREFIX, LoraLayer
+from pyqlora.lora_module import LoraModule
 from pyqlora.merge_check import checked
 from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
-from pyqlora.targets import PREFIX, Adapted, Wrapper, find_targets, warn_about_experts, warn_about_targets
+from pyqlora.targets import Adapted, Wrapper, find_targets, warn_about_experts, warn_about_targets
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.tying import Ties, tie_layers
 from pyqlora.unload import unload, untie
@@ -323,7 +324,7 @@ class LoraModel(nn.Module):
         """While open, every row of a batch runs with its own adapter; `__base__` names rows without one.
 
         Raises:
-            ValueError: in training mode, or for a name that is no adapter.
+            ValueError: in training mode, for a name that is no adapter, or with a program's own kind of layer.
         """
         if adapter_names is None:
             yield
@@ -332,6 +333,9 @@ class LoraModel(nn.Module):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if unknown := sorted(set(adapter_names) - {BASE_ROW, *self.peft_config}):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        own = {kind for config in self.peft_config.values() for kind in config._custom_modules.values()}
+        if custom := sorted(kind.__name__ for kind in own if not issubclass(kind, LoraModule)):
+            raise ValueError(f"Cannot pass `adapter_names` to a model with custom layers: {', '.join(custom)}")
         token = row_adapters.set(RowAdapters(list(adapter_names), beams or 1))
         try:
             yield

@@ -16,6 +16,7 @@ from pyqlora.config import LoraConfig
 
 if TYPE_CHECKING:
     from pyqlora.lora_layer import LoraLayer
+    from pyqlora.lora_module import LoraModule
 
 
 def scaling_factor(alpha: float, r: int, use_rslora: bool) -> float:
@@ -76,7 +77,7 @@ def init_orthogonal(layer: LoraLayer, name: str, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def init_pissa(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def init_pissa(layer: LoraModule, name: str, config: LoraConfig) -> None:
     """B·A = the first r singular triples of the weight, the base keeps the rest (Meng et al. 2024, arXiv:2404.02948).
 
     "pissa" takes the exact decomposition, "pissa_niter_<n>" a randomized one with n subspace iterations.
@@ -100,7 +101,7 @@ def init_pissa(layer: LoraLayer, name: str, config: LoraConfig) -> None:
 
 
 @torch.no_grad()
-def init_olora(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def init_olora(layer: LoraModule, name: str, config: LoraConfig) -> None:
     """B, A = the first r columns of Q and rows of R of the weight's QR (Büyükakyüz 2024, arXiv:2406.01775)."""
     r = layer.r[name]
     weight = layer.splittable_weight("OLoRA")
@@ -108,13 +109,13 @@ def init_olora(layer: LoraLayer, name: str, config: LoraConfig) -> None:
     _split_off(layer, name, weight, upper[:r], q[:, :r])
 
 
-def _split_off(layer: LoraLayer, name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
+def _split_off(layer: LoraModule, name: str, weight: Tensor, a: Tensor, b: Tensor) -> None:
     layer.set_factors(name, a, b)
     layer.set_weight(weight - layer.scaling[name] * (b @ a))
 
 
 @torch.no_grad()
-def init_loftq(layer: LoraLayer, name: str, config: LoraConfig) -> None:
+def init_loftq(layer: LoraModule, name: str, config: LoraConfig) -> None:
     """Alternate quantizing W − sB·A and taking sB·A from the error (Li et al. 2023, arXiv:2310.08659).
 
     The base keeps the dequantized values, so that quantizing it with NF4 in blocks of 64 loses next to nothing more.
@@ -210,7 +211,7 @@ class Dora:
     """
 
     @staticmethod
-    def init(layer: LoraLayer, name: str) -> None:
+    def init(layer: LoraModule, name: str) -> None:
         """Start from the lengths that the weight has, so that nothing changes at first."""
         device, dtype = layer.factors(name)[0].device, layer.factors(name)[0].dtype
         meta = device.type == "meta"
@@ -219,7 +220,7 @@ class Dora:
 
     @staticmethod
     @torch.no_grad()
-    def norm(layer: LoraLayer, name: str, weight: Tensor | None = None) -> Tensor:
+    def norm(layer: LoraModule, name: str, weight: Tensor | None = None) -> Tensor:
         """‖W + sBA‖ for each output feature, in float32, in the shape of the magnitudes."""
         if weight is None:
             weight = layer.read_weight()
@@ -227,7 +228,7 @@ class Dora:
         return layer.feature_rows(adapted).norm(dim=1).view(layer.norm_shape())
 
     @staticmethod
-    def kept_norm(layer: LoraLayer, name: str) -> Tensor:
+    def kept_norm(layer: LoraModule, name: str) -> Tensor:
         """The norm, from the layer's cache while caching is on."""
         if not DoraCaching.enabled or layer.training:
             layer._dora_cache.clear()
@@ -237,7 +238,7 @@ class Dora:
         return layer._dora_cache[name]
 
     @staticmethod
-    def update(layer: LoraLayer, name: str, x: Tensor, result: Tensor) -> Tensor:
+    def update(layer: LoraModule, name: str, x: Tensor, result: Tensor) -> Tensor:
         """The base output and the LoRA update, without the bias, rescaled by m / ‖W + sBA‖."""
         factor = layer.lora_magnitude_vector[name].weight / Dora.kept_norm(layer, name)
         bias = getattr(layer.get_base_layer(), "bias", None)
@@ -247,6 +248,6 @@ class Dora:
 
     @staticmethod
     @torch.no_grad()
-    def factor(layer: LoraLayer, name: str, weight: Tensor) -> Tensor:
+    def factor(layer: LoraModule, name: str, weight: Tensor) -> Tensor:
         """m / ‖W + sBA‖ as one float32 value for each output feature, for merging; W without any merged adapter."""
         return (layer.lora_magnitude_vector[name].weight.float() / Dora.norm(layer, name, weight)).flatten()

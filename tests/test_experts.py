@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2MoeConfig, Qw
 
 from pyqlora import LoraConfig, PeftModel, get_peft_model
 from pyqlora.experts import conversions, stack_factors, stacks
+from pyqlora.hotswap import hotswap_adapter
 from pyqlora.parameters import ParamWrapper
 
 EXPERTS, WIDTH, INNER, R, ALPHA = 3, 8, 12, 2, 5
@@ -277,3 +278,28 @@ def test_models_without_experts_are_left_alone():
 def test_parameter_wrappers_take_the_place_of_old_layers():
     model = get_peft_model(base("mixtral"), LoraConfig(target_modules=["w2"]))
     assert [type(layer) for layer in model.base_model.lora_layers()] == [ParamWrapper] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hot_swapping_to_an_adapter_of_transformers_4(tmp_path, kind):
+    """Its own ranks and alphas, by the names of the old layers, come along, also into what is saved."""
+    patterns = {"alpha_pattern": dict.fromkeys(KINDS[kind][2], 4)}
+    weights = old_adapter(kind, tmp_path / "old", **patterns)
+    model = PeftModel.from_pretrained(base(kind), tmp_path / "old")
+    before = logits(model)
+    model.save_pretrained(tmp_path / "new")
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.shape[0] == R:
+            nn.init.normal_(parameter)
+    assert not torch.allclose(logits(model), before)
+    hotswap_adapter(model, tmp_path / "old", "default")
+    close(logits(model), before)
+    model.save_pretrained(tmp_path / "swapped")
+    close(logits(PeftModel.from_pretrained(base(kind), tmp_path / "swapped")), before)
+    hotswap_adapter(model, tmp_path / "new", "default")
+    close(logits(model), before)
+    for key in [key for key in weights if ".experts.1." in key]:
+        del weights[key]
+    safetensors.torch.save_file(weights, tmp_path / "old" / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: .*experts\.0\.\w+\.lora_A\.default\.weight"):
+        hotswap_adapter(model, tmp_path / "old", "default")

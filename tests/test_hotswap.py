@@ -25,11 +25,34 @@ class Mixed(nn.Module):
         return self.out(self.conv(self.table(x).mT).mT)
 
 
+class Stacked(nn.Module):
+    """Attention, whose output projection has a LoRA layer of its own, and a stack of two experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.experts = Experts()
+
+    def forward(self, x):
+        return self.experts(self.attention(x, x, x)[0])
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, 3, 8))
+
+    def forward(self, x):
+        return torch.einsum("si,eji->sej", x, self.down)
+
+
 MODELS = {
     "mlp": (tiny.mlp, ["up", "down"], torch.linspace(-1, 1, 33).view(3, 11)),
     "4-bit": (tiny.mlp_4bit, ["up", "down"], torch.linspace(-1, 1, 33).view(3, 11)),
     "mixed": (Mixed, ["table", "conv", "out"], torch.tensor([[1, 2, 6], [0, 5, 3]])),
+    "stacked": (Stacked, ["attention"], torch.linspace(-1, 1, 32).view(4, 8)),
 }
+RANKED = ("mlp", "4-bit", "mixed")  # all of whose layers take any rank
 
 
 def build(kind):
@@ -64,7 +87,7 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", RANKED)
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
@@ -84,7 +107,7 @@ def test_swapping_there_and_back(tmp_path, kind, other, prepared):
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", RANKED)
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd")
@@ -105,6 +128,32 @@ def test_patterns(tmp_path):
     torch.testing.assert_close(output(model), output(loaded(second)))
     model.save_pretrained(tmp_path / "3")
     torch.testing.assert_close(output(loaded(tmp_path / "3")), output(loaded(second)))
+
+
+STACKED = {"target_parameters": ["experts.down"], "rank_pattern": {"attention": 3}}
+
+
+def test_attention_and_experts(tmp_path):
+    """Also their ranks and scalings in the config that is saved after the swap."""
+    first = save(tmp_path / "1", "stacked", r=2, lora_alpha=3, **STACKED)
+    second = save(tmp_path / "2", "stacked", seed=1, r=2, lora_alpha=5, alpha_pattern={"experts.down": 7}, **STACKED)
+    model = loaded(first, "stacked")
+    hotswap_adapter(model, second, "default")
+    expected = output(loaded(second, "stacked"), "stacked")
+    torch.testing.assert_close(output(model, "stacked"), expected)
+    assert (model.peft_config["default"].r, model.peft_config["default"].alpha_pattern) == (3, {"experts.down": 7})
+    model.save_pretrained(tmp_path / "3")
+    torch.testing.assert_close(output(loaded(tmp_path / "3", "stacked"), "stacked"), expected)
+
+
+def test_preparing_attention_and_experts(tmp_path):
+    first = save(tmp_path / "1", "stacked", **{**STACKED, "r": 2, "rank_pattern": {}})
+    model = loaded(first, "stacked")
+    expected = output(model, "stacked")
+    prepare_model_for_compiled_hotswap(model, target_rank=2)
+    torch.testing.assert_close(output(model, "stacked"), expected)
+    with pytest.raises(ValueError, match="pad a ParamWrapper LoRA adapter of rank 2 to target rank 4: only linear"):
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
 
 
 def test_prepared_model_saves_what_it_computes(tmp_path):

@@ -90,6 +90,7 @@ OVERRIDES: dict[Any, dict[str, Any]] = {
     },
     tasks: {"MIXED_MODEL": peft_internals.PeftMixedModel},
     LoraLayer: {
+        "adapter_layer_names": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
         "_active_adapter": _alias("_active_adapters"),
         "_all_available_adapter_names": lambda layer: sorted(layer.adapters()),
         "__module__": _PATH,
