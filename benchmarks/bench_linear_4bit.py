@@ -82,7 +82,7 @@ def _calls() -> Iterator[Case]:
     yield Case("1000 calls of Linear4bit M=1 64x64 fp32", runs, lambda: None)
 
     weight, state, y = layers["pyqlora"].weight.data, layers["pyqlora"].weight.quant_state, torch.empty(1, 64)
-    arguments = (x, weight, *state.scales(), None, y, 64, 64, state.blocksize, "nf4", None, None, 1)
+    arguments = (x, weight, *state.scales(), None, y, 64, 64, state.blocksize, "nf4", 1)
 
     def native_calls():
         for _ in range(1000):

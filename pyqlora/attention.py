@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyqlora import dense
 from pyqlora.config import LoraConfig
 from pyqlora.layers import Linear
-from pyqlora.rows import row_adapters
+from pyqlora.rows import served_rows
 
 
 class OutProjection(Linear):
@@ -83,7 +83,7 @@ class MultiheadAttention(Linear):
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The base layer's (output, attention weights), in the query's dtype."""
-        if kwargs.pop("adapter_names", None) is not None or row_adapters.get() is not None:
+        if kwargs.pop("adapter_names", None) is not None or served_rows() is not None:
             raise TypeError(f"lora.{type(self).__name__} does not support mixed adapter batches.")
         projection = self.get_base_layer().out_proj
         for layer in (self, projection):

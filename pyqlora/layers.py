@@ -15,7 +15,7 @@ from pyqlora.lora_module import LoraModule
 from pyqlora.nn.linear4bit import Linear4bit
 from pyqlora.ops.lora_linear import lora_linear
 from pyqlora.ops.lora_rows import lora_rows
-from pyqlora.rows import row_adapters
+from pyqlora.rows import served_rows
 from pyqlora.variants import init_embedding
 
 
@@ -33,7 +33,7 @@ class Linear(LoraModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
-        plain = isinstance(base, Linear4bit) and not (args or kwargs or row_adapters.get())
+        plain = isinstance(base, Linear4bit) and not (args or kwargs or served_rows())
         names = self.updating() if plain and not _is_watched(base) else ()
         if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
             a, b, scaling = self.factors_and_scaling(names[0])
@@ -46,7 +46,10 @@ class Linear(LoraModule):
         # As lora_A[name].weight, without the four lookups by __getattr__ that would take longer than a small product.
         modules = self._modules
         a, b = modules["lora_A"]._modules[name]._parameters, modules["lora_B"]._modules[name]._parameters
-        return (a["weight"], b["weight"]) if "weight" in a and "weight" in b else super().factors(name)
+        try:
+            return a["weight"], b["weight"]
+        except KeyError:  # parametrized
+            return super().factors(name)
 
     def factors_and_scaling(self, name: str) -> tuple[Tensor, Tensor, float]:
         """A, B and the factor of their product."""

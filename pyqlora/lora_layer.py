@@ -278,9 +278,9 @@ class LoraLayer:
 
     def updating(self) -> list[str]:
         """The adapters that a forward pass adds: the active ones that the layer has, unless disabled or merged."""
-        return (
-            [] if self._disable_adapters or self.merged else [name for name in self._active_adapters if name in self.r]
-        )
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        return [name for name in self._active_adapters if name in self.r]
 
     # --- merging -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pyqlora.config import LoraConfig
 from pyqlora.inject import ends_with, pattern_value
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.lora_module import LoraModule
-from pyqlora.rows import row_adapters
+from pyqlora.rows import served_rows
 
 
 class ParamWrapper(LoraModule):
@@ -108,7 +108,7 @@ class ParamWrapper(LoraModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the base layer computes with the active adapters in its parameters."""
-        if kwargs.pop("adapter_names", None) is not None or row_adapters.get() is not None:
+        if kwargs.pop("adapter_names", None) is not None or served_rows() is not None:
             raise ValueError(f"lora.{type(self).__name__} does not support mixed adapter batches yet.")
         values, layer = {}, self
         while isinstance(layer, ParamWrapper):

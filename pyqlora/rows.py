@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -17,7 +19,25 @@ class RowAdapters(NamedTuple):
 
 # Set while PeftModel.forward(adapter_names=…) runs. A context variable and not a field of the layers: several threads
 # may serve different adapters from one model.
-row_adapters: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
+_rows: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
+_used = False  # by any call yet: what torch.compile can watch, which cannot read a context variable
+
+
+@contextmanager
+def serving(rows: RowAdapters) -> Iterator[None]:
+    """While open, every row of a batch runs with its own adapter in this thread."""
+    global _used
+    _used = True
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def served_rows() -> RowAdapters | None:
+    """The adapters of the rows, where the active adapters do not serve all of them."""
+    return _rows.get() if _used else None
 
 
 def names_of_rows(batch: int, given: list[str] | None) -> list[str] | None:
@@ -26,7 +46,7 @@ def names_of_rows(batch: int, given: list[str] | None) -> list[str] | None:
     Raises:
         ValueError: the count of names is not the batch size.
     """
-    rows = row_adapters.get() if given is None else RowAdapters(given)
+    rows = served_rows() if given is None else RowAdapters(given)
     if rows is None:
         return None
     if rows.beams > 1 and batch == len(rows.names) * rows.beams:

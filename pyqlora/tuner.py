@@ -21,7 +21,7 @@ from pyqlora.lora_module import LoraModule
 from pyqlora.merge_check import checked
 from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
-from pyqlora.rows import BASE_ROW, RowAdapters, row_adapters
+from pyqlora.rows import BASE_ROW, RowAdapters, serving
 from pyqlora.targets import Adapted, Wrapper, find_targets, warn_about_experts, warn_about_targets
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.tying import Ties, tie_layers
@@ -336,11 +336,8 @@ class LoraModel(nn.Module):
         own = {kind for config in self.peft_config.values() for kind in config._custom_modules.values()}
         if custom := sorted(kind.__name__ for kind in own if not issubclass(kind, LoraModule)):
             raise ValueError(f"Cannot pass `adapter_names` to a model with custom layers: {', '.join(custom)}")
-        token = row_adapters.set(RowAdapters(list(adapter_names), beams or 1))
-        try:
+        with serving(RowAdapters(list(adapter_names), beams or 1)):
             yield
-        finally:
-            row_adapters.reset(token)
 
     # --- merging -----------------------------------------------------------------------------------------------------
 

@@ -16,13 +16,13 @@ void bind_forward(py::module_& m, const char* name, Linear linear) {
         name,
         [=](TensorRef x, TensorRef packed, TensorRef absmax, TensorRef nested_absmax, TensorRef nested_code,
             TensorRef offset, int64_t nested_blocksize, TensorRef bias, TensorRef y, int64_t n, int64_t k,
-            int64_t blocksize, const std::string& type, TensorRef s, TensorRef b, int64_t context) {
+            int64_t blocksize, const std::string& type, int64_t context) {
             const Scales scales{absmax, nested_absmax, nested_code, offset, nested_blocksize};
-            const Linear4bitArgs args{x, packed, scales, bias, y, n, k, blocksize, quant_type(type), s, b};
+            const Linear4bitArgs args{x, packed, scales, bias, y, n, k, blocksize, quant_type(type), {}, {}};
             run<CpuBackend>(Args{args}, context, linear);
         },
         "x"_a, "packed"_a, "absmax"_a, "nested_absmax"_a, "nested_code"_a, "offset"_a, "nested_blocksize"_a, "bias"_a,
-        "y"_a, "n"_a, "k"_a, "blocksize"_a, "quant_type"_a, "s"_a, "b"_a, "context"_a);
+        "y"_a, "n"_a, "k"_a, "blocksize"_a, "quant_type"_a, "context"_a);
 }
 
 void bind_cpu(py::module_& m) {

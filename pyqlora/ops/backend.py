@@ -17,6 +17,9 @@ except ImportError as error:
     ) from error
 
 _override: tuple[Any, int] | None = None
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def native(tensor: torch.Tensor) -> tuple[Any, int]:
@@ -54,9 +57,9 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not _is_compiling()
+        and not _dispatch_modes()
+        and _transform() is None
     )
 
 

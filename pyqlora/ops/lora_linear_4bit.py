@@ -1,7 +1,8 @@
 """lora_linear on a 4-bit weight in one function: y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ.
 
 The update is part of the kernel that multiplies with W; on a GPU for few rows only, for many it is added to the product
-in place. Backward, the update's part of dx is added to that of W in place, and x is all that is kept of its size.
+in place. On the CPU all of it is one native call. Backward, the update's part of dx is added to that of W in place, and
+x is all that is kept of its size.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyqlora.ops import linear_4bit, lora_linear, lora_linear_cpu, lora_linear_cuda
-from pyqlora.ops.backend import is_plain, on_gpu
+from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda
+from pyqlora.ops.backend import is_plain, native, on_gpu
 from pyqlora.ops.selective_checkpointing import kept
+
+_FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
 
 def serves(x: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -21,13 +24,27 @@ def serves(x: Tensor, a: Tensor, b: Tensor) -> bool:
         return False
     if on_gpu(x):
         return not torch.is_autocast_enabled(x.device.type) and lora_linear_cuda.serves(x)
-    return lora_linear_cpu.serves(x, a, b)
+    return x.is_cpu and x.dtype in _FLOATS and a.dtype in _FLOATS and b.dtype in _FLOATS
 
 
-def _forward(x, a, b, bias, weight, shape, scaling, dropout, seed) -> tuple[Tensor, Tensor]:
-    """(y, h = scaling · drop(x)·Aᵀ)"""
-    h = lora_linear.down(x, a, scaling, dropout, seed, lora_linear.update_dtype(x, a))
-    return linear_4bit.forward(x, *weight, shape, bias, (h, b.contiguous())), h
+def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -> tuple[Tensor, Tensor | None]:
+    """The kernels' call: (y, h = scaling · drop(x)·Aᵀ or, not `keep_h`, possibly None)."""
+    n, k = shape
+    whole = linear_4bit.result_shape("x", x, k, n)
+    if on_gpu(x):
+        h = lora_linear.down(x, a, scaling, dropout, seed, lora_linear.update_dtype(x, a))
+        return linear_4bit_cuda.forward(x, weight, shape, bias, (h, b.contiguous())), h
+    *packed_and_scales, blocksize, quant_type = weight
+    y = x.new_empty(*whole)
+    h = x.new_empty(x.numel() // k, len(a), dtype=torch.float32) if keep_h else None
+    module, threads = native(x)
+    # fmt: off
+    module.lora_linear_4bit(
+        x.contiguous(), *packed_and_scales, bias, y, n, k, blocksize, quant_type, a.contiguous(), b.contiguous(),
+        scaling / (1.0 - dropout), seed, dropout, h, linear_4bit.is_rounded(x, k, blocksize), threads,
+    )
+    # fmt: on
+    return y, h
 
 
 class _LoraLinear4bit(torch.autograd.Function):
@@ -35,7 +52,7 @@ class _LoraLinear4bit(torch.autograd.Function):
     def forward(ctx, x, a, b, bias, weight, shape, scaling, dropout, seed):
         y, h, seed = kept(
             (weight[0].data_ptr(), x.shape),
-            lambda: (*_forward(x, a, b, bias, weight, shape, scaling, dropout, seed), seed),
+            lambda: (*forward(x, a, b, bias, weight, shape, scaling, dropout, seed), seed),
         )
         ctx.save_for_backward(x, h, a, b, seed, *weight[:5])
         ctx.rest, ctx.shape, ctx.scaling, ctx.dropout = weight[5:], shape, scaling, dropout
@@ -87,5 +104,5 @@ def lora_linear_4bit(
     """
     seed = lora_linear.draw_seed(x, dropout)
     if not torch.is_grad_enabled():
-        return _forward(x, a, b, bias, weight, shape, scaling, dropout, seed)[0]
+        return forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=False)[0]
     return _LoraLinear4bit.apply(x, a, b, bias, weight, shape, scaling, dropout, seed)

@@ -8,7 +8,7 @@ import torch
 from pyqlora import _C
 from pyqlora.functional import gemv_4bit, quantize_4bit, set_activation_precision
 from pyqlora.nn import Linear4bit
-from pyqlora.ops.linear_4bit import forward
+from pyqlora.ops.lora_linear_4bit import lora_linear_4bit
 from pyqlora.quant import dequantize_4bit
 
 needs_avx2 = pytest.mark.skipif(_C.cpu.supported_isas() == ["scalar"], reason="no AVX2")
@@ -66,10 +66,17 @@ def test_error_on_normal_data(int16):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_low_rank_update_is_added_in_float32(int16, dtype):
     packed, state = quantize_4bit(torch.zeros(5, 64), quant_type="nf4")
-    x, s, b = torch.randn(1, 64).to(dtype), torch.randn(1, 3), torch.randn(5, 3).to(dtype)
-    weight = (packed, *state.scales(), state.blocksize, "nf4", [5, 64])
-    y = forward(x, *weight, None, (s, b))
-    torch.testing.assert_close(y, (s @ b.float().T).to(dtype))
+    x, a, b = (torch.randn(shape).to(dtype) for shape in ((1, 64), (3, 64), (5, 3)))
+    y = lora_linear_4bit(x, (packed, *state.scales(), state.blocksize, "nf4"), [5, 64], None, a, b, 0.5)
+    torch.testing.assert_close(y, (0.5 * (x.float() @ a.float().T) @ b.float().T).to(dtype))
+
+
+@needs_avx2
+def test_an_update_does_not_change_the_rounding(int16):
+    packed, state = quantize_4bit(torch.randn(9, 128), quant_type="nf4")
+    x, weight = torch.randn(1, 128), (packed, *state.scales(), state.blocksize, "nf4")
+    y = lora_linear_4bit(x, weight, [9, 128], None, torch.randn(2, 128), torch.zeros(9, 2), 1.0)
+    assert torch.equal(y, gemv_4bit(x, packed.t(), state=state))
 
 
 @needs_avx2
@@ -128,7 +135,7 @@ def test_arguments_are_checked():
 
         def native(rows, shape=(4, 64)):
             x, y = torch.randn(rows, shape[1]), torch.empty(rows, shape[0])
-            _C.cpu.linear_4bit_int16(x, packed, *state.scales(), None, y, *shape, state.blocksize, "nf4", None, None, 1)
+            _C.cpu.linear_4bit_int16(x, packed, *state.scales(), None, y, *shape, state.blocksize, "nf4", 1)
 
         with pytest.raises(ValueError, match="linear_4bit_int16: x: expected one row, got 2"):
             native(2)

@@ -11,13 +11,6 @@ from pyqlora.ops.lora_linear import dropped
 from pyqlora.ops.lora_linear_4bit import lora_linear_4bit
 
 
-@pytest.fixture
-def gpu(backend):
-    if backend.name == "cpu":
-        pytest.skip("kernels of the GPU")
-    return backend
-
-
 def weight_of(n, k, device):
     """(a packed weight as lora_linear_4bit takes it, its values in float64)"""
     packed, absmax = reference.quantize_4bit(torch.randn(n, k, generator=torch.Generator().manual_seed(n)), 64, "nf4")
@@ -28,18 +21,18 @@ def weight_of(n, k, device):
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "k", "rank"), [((1,), 64, 8), ((5,), 128, 17), ((2, 35), 192, 16), ((6,), 75, 4)])
-def test_equals_float64(gpu, rows, k, rank, factor, dropout):
+def test_equals_float64(backend, rows, k, rank, factor, dropout):
     n, dtype = 40, torch.bfloat16
-    weight, w = weight_of(n, k, gpu.device)
+    weight, w = weight_of(n, k, backend.device)
     g = torch.Generator().manual_seed(k)
     x, dy = (torch.randn(*rows, size, generator=g).to(dtype) for size in (k, n))
     a, b, bias = (torch.randn(shape, generator=g).to(factor) for shape in ((rank, k), (n, rank), (n,)))
     torch.manual_seed(7)
-    seed = torch.randint(1 << 62, (1,), device=gpu.device)
+    seed = torch.randint(1 << 62, (1,), device=backend.device)
     torch.manual_seed(7)
-    inputs = [t.to(gpu.device).requires_grad_() for t in (x, a, b, bias)]
+    inputs = [t.to(backend.device).requires_grad_() for t in (x, a, b, bias)]
     y = lora_linear_4bit(inputs[0], weight, [n, k], *inputs[3:], *inputs[1:3], 0.5, dropout)
-    y.backward(dy.to(gpu.device))
+    y.backward(dy.to(backend.device))
 
     exact = [t.detach().double().requires_grad_() for t in (x, a, b, bias)]
     mask = dropped(torch.ones(x.shape).view(-1, k), seed.cpu(), dropout, torch.float32) if dropout else torch.ones(1)
@@ -53,11 +46,59 @@ def test_equals_float64(gpu, rows, k, rank, factor, dropout):
         assert error <= 4 * 2**-8 * exactly.abs().max(), error / exactly.abs().max()
 
 
-def test_keeps_only_x(gpu):
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [0, 1, 8, 9])
+def test_without_a_gradient_the_same_bits(backend, rows, dropout):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    g = torch.Generator().manual_seed(rows)
+    x, a, b = (torch.randn(shape, generator=g).bfloat16().to(backend.device) for shape in ((rows, k), (3, k), (n, 3)))
+    results = []
+    for trained in (True, False):
+        torch.manual_seed(7)
+        results.append(lora_linear_4bit(x, weight, [n, k], None, a.requires_grad_(trained), b, 0.5, dropout))
+        with torch.no_grad():
+            torch.manual_seed(7)
+            results.append(lora_linear_4bit(x, weight, [n, k], None, a, b, 0.5, dropout))
+    assert results[0].requires_grad and results[0].shape == (rows, n)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_strided_inputs(backend):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    g = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(shape, generator=g).bfloat16().to(backend.device) for shape in ((k, 3), (k, 8), (8, n)))
+    y = lora_linear_4bit(x.t(), weight, [n, k], None, a.t(), b.t(), 1.0)
+    plain = (t.t().contiguous() for t in (x, a, b))
+    x, a, b = plain
+    assert torch.equal(y, lora_linear_4bit(x, weight, [n, k], None, a, b, 1.0))
+
+
+def test_errors(backend):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    x, a, b = (torch.ones(shape, dtype=torch.bfloat16, device=backend.device) for shape in ((2, k), (8, k), (n, 8)))
+    with pytest.raises(ValueError, match=r"linear_4bit: x: expected a last dimension of 64, got shape \[2, 63\]"):
+        lora_linear_4bit(x[:, 1:], weight, [n, k], None, a, b, 1.0)
+    if backend.name == "cpu":
+        with pytest.raises(ValueError, match="linear_4bit: s: expected 14 elements, got 16"):
+            lora_linear_4bit(x, weight, [n, k], None, a, b[:, 1:], 1.0)
+        with pytest.raises(ValueError, match="lora_down: a: expected a multiple of 64 elements, got 504"):
+            lora_linear_4bit(x, weight, [n, k], None, a[:, 1:], b, 1.0)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_serves_no_float64(which):
+    tensors = [torch.ones(1, dtype=torch.float64 if i == which else torch.float32) for i in range(3)]
+    assert not module.serves(*tensors) and module.serves(*(t.float() for t in tensors))
+
+
+def test_keeps_only_x(backend):
     k, n, rank, m = 128, 96, 4, 200
-    weight, _ = weight_of(n, k, gpu.device)
-    x = torch.randn(m, k, dtype=torch.bfloat16, device=gpu.device, requires_grad=True)
-    a, b = (torch.randn(shape, device=gpu.device, requires_grad=True) for shape in ((rank, k), (n, rank)))
+    weight, _ = weight_of(n, k, backend.device)
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=backend.device, requires_grad=True)
+    a, b = (torch.randn(shape, device=backend.device, requires_grad=True) for shape in ((rank, k), (n, rank)))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         lora_linear_4bit(x, weight, [n, k], None, a, b, 1.0, 0.5)
@@ -65,7 +106,7 @@ def test_keeps_only_x(gpu):
     assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
 
 
-def test_layers_use_it(gpu, monkeypatch):
+def test_layers_use_it(backend, monkeypatch):
     from pyqlora import LoraConfig, get_peft_model
     from pyqlora.nn import LinearNF4
 
@@ -73,10 +114,10 @@ def test_layers_use_it(gpu, monkeypatch):
     apply = module._LoraLinear4bit.apply
     monkeypatch.setattr(module._LoraLinear4bit, "apply", lambda *inputs: used.append(1) or apply(*inputs))
     torch.manual_seed(0)
-    layer = LinearNF4(64, 32, compute_dtype=torch.bfloat16).to(gpu.device)
+    layer = LinearNF4(64, 32, compute_dtype=torch.bfloat16).to(backend.device)
     model = get_peft_model(torch.nn.Sequential(layer), LoraConfig(target_modules=["0"], init_lora_weights=False))
     for rows in (3, 80):
-        x = torch.randn(rows, 64, dtype=torch.bfloat16, device=gpu.device)
+        x = torch.randn(rows, 64, dtype=torch.bfloat16, device=backend.device)
         fused = model(x)
         assert used.pop() and not used
         handle = layer.register_forward_hook(lambda *_: None)  # who watches the base layer sees it called

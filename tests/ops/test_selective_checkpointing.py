@@ -21,7 +21,7 @@ from pyqlora import (
     selective_checkpointing,
 )
 from pyqlora.nn import Linear4bit
-from pyqlora.ops import linear_4bit
+from pyqlora.ops import linear_4bit, lora_linear_4bit
 
 
 class Blocks(nn.Module):
@@ -68,9 +68,20 @@ def gradients(model: nn.Module, x: torch.Tensor, how: dict, backward_passes: int
 def products(monkeypatch):
     """The number of times a 4-bit product is computed going forward."""
     calls = []
-    forward = linear_4bit.forward
-    monkeypatch.setattr(linear_4bit, "forward", lambda *args: calls.append(1) or forward(*args))
+    watch(monkeypatch, lambda _: calls.append(1))
     return calls
+
+
+def watch(monkeypatch, see):
+    """`see(y)` for the result of every product with a 4-bit weight going forward."""
+    for module in (linear_4bit, lora_linear_4bit):
+
+        def seen(*args, forward=module.forward, **kwargs):
+            result = forward(*args, **kwargs)
+            see(result if isinstance(result, torch.Tensor) else result[0])
+            return result
+
+        monkeypatch.setattr(module, "forward", seen)
 
 
 def identical(these: list[torch.Tensor], those: list[torch.Tensor]) -> bool:
@@ -190,18 +201,11 @@ def test_threads_keep_their_own():
 @pytest.mark.parametrize("backward", [True, False])
 def test_nothing_outlives_the_graph(monkeypatch, backward):
     kept = []
-    forward = linear_4bit.forward
-
-    def seen(*args):
-        y = forward(*args)
-        kept.append(weakref.ref(y.untyped_storage()))
-        return y
-
-    monkeypatch.setattr(linear_4bit, "forward", seen)
+    watch(monkeypatch, lambda y: kept.append(weakref.ref(y.untyped_storage())))
     model = adapted(torch.device("cpu"))
     model.get_base_model().how = {"context_fn": selective_checkpointing}
     y = model(torch.randn(3, 64, requires_grad=True))
-    assert all(ref() is not None for ref in kept[:-1])
+    assert len(kept) == 6 and all(ref() is not None for ref in kept[:-1])
     if backward:
         y.sum().backward()
     del y
