@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pyqlora.integrations.attention import use_float32_attention
+from pyqlora.integrations.attention import use_cpu_attention
 
 
 def prepare_model_for_kbit_training(
@@ -16,7 +16,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze the base model, checkpoint its activations and, on a CPU without bf16 instructions, attend in float32.
+    """Freeze the base model, checkpoint its activations and, on a CPU, train with pyqlora's attention.
 
     Unlike PEFT's, this changes no parameter's dtype. Float32 embeddings and output head would double the largest plain
     tensors of the model, and float32 norm weights make a half-precision model's activations float32 from there on; the
@@ -33,7 +33,7 @@ def prepare_model_for_kbit_training(
         The same model.
     """
     model.requires_grad_(False)
-    use_float32_attention(model)
+    use_cpu_attention(model)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     return model

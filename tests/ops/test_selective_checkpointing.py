@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pyqlora import (
+    _C,
     BitsAndBytesConfig,
     LoraConfig,
     get_peft_model,
@@ -22,6 +23,7 @@ from pyqlora import (
 )
 from pyqlora.nn import Linear4bit
 from pyqlora.ops import linear_4bit, lora_linear_4bit
+from pyqlora.ops.attention import attention
 
 
 class Blocks(nn.Module):
@@ -116,6 +118,21 @@ def test_two_adapters_do_not_write_into_what_is_kept(products):
     del products[:]
     assert identical(plain, gradients(model, x, {"context_fn": selective_checkpointing}))
     assert len(products) == 6
+
+
+def test_attention_is_kept_too(monkeypatch):
+    calls = []
+    native_attention = _C.cpu.attention
+    monkeypatch.setattr(_C.cpu, "attention", lambda *args: calls.append(1) or native_attention(*args))
+
+    class Attending(nn.Module):
+        def forward(self, x):
+            return x + attention(x, x, x, causal=True)
+
+    model, x = Blocks([Attending(), Attending()]), torch.randn(1, 2, 7, 8)
+    plain = gradients(model, x, {})
+    assert identical(plain, gradients(model, x, {"context_fn": selective_checkpointing}))
+    assert len(calls) == 4 + 2
 
 
 def test_an_overwritten_output_is_computed_again(products):
