@@ -7,7 +7,8 @@ With P parameters in linear layers, R others (embeddings, norms, the output laye
     constants                –                   –            P / 64 · (1 + 4 / 256): a code per block, a scale per 256
     adapters and gradients   2 T, all gradients  8 T          8 T
     optimizer                12 T: a float32 copy and two moments; else by the optimizer, STATE_BYTES per parameter
-    activations              with recomputation every layer's input, and what one layer keeps; else what all keep
+    activations              with checkpointing every layer's input, and what one layer keeps; selective, the outputs of
+                             linear layers and attention too; without, what all layers keep
     logits                   the gradient of their layer's input; a chunk of them, where a layer needs less later
     workspace                –                   –            on a GPU the largest weight, decoded; none on a CPU
 
@@ -31,6 +32,7 @@ from pyqlora import dense
 from pyqlora.ops.linear_cross_entropy import CHUNK_BYTES
 
 METHODS = ("full fine-tuning", "LoRA", "QLoRA")
+CHECKPOINTING = ("none", "selective", "full")  # see pyqlora.selective_checkpointing
 PARTS = ("weights", "constants", "adapters and gradients", "optimizer", "activations", "logits", "workspace")
 STATE_BYTES = {"paged_adamw_8bit": 2 + 8 / 256, "paged_adamw_32bit": 8, "adamw_torch": 8}
 BLOCK, NESTED_BLOCK = 64, 256
@@ -85,8 +87,8 @@ class Shape:
 class Run:
     """What is to be trained, and how.
 
-    `trained`: parameters of the adapter. `itemsize`: bytes of a value in the dtype computed in. `labelled`: tokens of
-    the batch that have a label, None for all.
+    `trained`: parameters of the adapter. `itemsize`: bytes of a value in the dtype computed in. `checkpointing`: one of
+    CHECKPOINTING. `labelled`: tokens of the batch that have a label, None for all.
     """
 
     batch: int
@@ -94,7 +96,7 @@ class Run:
     trained: int
     itemsize: int
     optim: str = "paged_adamw_8bit"
-    recompute: bool = True
+    checkpointing: str = "full"
     labelled: int | None = None
     on_cpu: bool = True
 
@@ -127,9 +129,12 @@ def parts(shape: Shape, method: str, run: Run) -> dict[str, int]:
 def activations(shape: Shape, run: Run) -> int:
     """Bytes kept for the backward pass, and what it adds in one layer."""
     kept, within = _of_a_layer(shape, run)
-    if run.recompute:
-        return int(run.tokens * (shape.layers * shape.hidden * run.itemsize + kept + within))
-    return int(run.tokens * (shape.layers * kept + within))
+    if run.checkpointing == "none":
+        return int(run.tokens * (shape.layers * kept + within))
+    values = shape.layers * shape.hidden
+    if run.checkpointing == "selective":  # attention's output is about as wide as its projection's
+        values += sum(n for n, _ in shape.linears) + shape.layers * shape.hidden
+    return int(run.tokens * (values * run.itemsize + kept + within))
 
 
 def logits(shape: Shape, run: Run) -> int:
@@ -137,7 +142,7 @@ def logits(shape: Shape, run: Run) -> int:
     kept, within = _of_a_layer(shape, run)
     rows = run.tokens if run.labelled is None else run.labelled
     chunk = 4 * shape.vocabulary * min(rows, max(1, CHUNK_BYTES // (4 * shape.vocabulary)))
-    later = run.tokens * (kept + within if run.recompute else within)
+    later = run.tokens * (within if run.checkpointing == "none" else kept + within)
     return int(rows * shape.hidden * run.itemsize + max(0, chunk - later))
 
 

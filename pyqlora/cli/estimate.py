@@ -19,14 +19,14 @@ def estimate(
     optim: Annotated[str, typer.Option(help="paged_adamw_8bit, paged_adamw_32bit, adamw_torch.")] = "paged_adamw_8bit",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, or the GB of a GPU, such as 24 [this one].")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [as finetune on that device].")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep activations instead of recomputing them.")] = False,
+    checkpointing: Annotated[str, typer.Option(help="Activations recomputed: full, selective or none.")] = "full",
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Print the memory that full fine-tuning, LoRA and QLoRA of MODEL need, part by part, and what fits."""
     from rich.console import Console
     from rich.table import Table
 
-    from pyqlora.estimate import METHODS, PARTS, STATE_BYTES, Run, largest_batch, longest, parts
+    from pyqlora.estimate import CHECKPOINTING, METHODS, PARTS, STATE_BYTES, Run, largest_batch, longest, parts
     from pyqlora.finetune.plan import size
 
     for name, value in (("max-length", max_length), ("batch-size", batch_size), ("r", r)):
@@ -34,16 +34,16 @@ def estimate(
             raise ValueError(f"--{name} must be at least 1, got {value}")
     if optim not in STATE_BYTES:
         raise ValueError(f"--optim {optim!r} is not known, expected one of {', '.join(STATE_BYTES)}")
+    if checkpointing not in CHECKPOINTING:
+        raise ValueError(f"--checkpointing {checkpointing!r} is not known, expected {', '.join(CHECKPOINTING)}")
     shape = shape_of(model)
     place, computed, capacity, in_use = memory_of(device, dtype)
-    run = Run(
-        batch_size, max_length, shape.adapter(r), computed.itemsize, optim, recompute=not keep, on_cpu=place == "CPU"
-    )
+    run = Run(batch_size, max_length, shape.adapter(r), computed.itemsize, optim, checkpointing, on_cpu=place == "CPU")
 
     print(f"{model}: {shape.parameters / 1e6:,.1f} M parameters, {shape.in_linears / 1e6:,.1f} M in linear layers")
     print(f"adapter of rank {r} on all of these: {run.trained / 1e6:,.1f} M parameters, {optim}")
-    how = "kept" if keep else "recomputed"
-    print(f"{batch_size} x {max_length} tokens, computing in {str(computed).removeprefix('torch.')}, activations {how}")
+    dtype = str(computed).removeprefix("torch.")
+    print(f"{batch_size} x {max_length} tokens, computing in {dtype}, checkpointing: {checkpointing}")
     print(f"{place}: {size(capacity)}\n")
     table = Table("", *METHODS, box=None, pad_edge=False, padding=(0, 3))
     needs = [parts(shape, method, run) for method in METHODS]

@@ -195,6 +195,5 @@ def add_lora(model: Any, options: Options) -> Any:
     config = pyqlora.LoraConfig(
         r=options.r, lora_alpha=options.alpha, target_modules=options.target_modules, task_type="CAUSAL_LM"
     )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model = pyqlora.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return pyqlora.get_peft_model(model, config)

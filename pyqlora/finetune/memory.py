@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from pyqlora.estimate import Run, Shape, parts
+from pyqlora.estimate import CHECKPOINTING, Run, Shape, parts
 from pyqlora.finetune.options import Options
 
 ADDED = ("optimizer", "activations", "logits", "workspace")
-COMFORTABLE = 0.7  # share of the free memory that a run may take before it recomputes activations instead
+COMFORTABLE = 0.7  # share of the free memory that a run may take before it recomputes more of its activations
 
 
 M_MMAP_THRESHOLD, MMAP_BYTES = -3, 256 << 10  # malloc.h; what glibc starts with, until the first large tensor is freed
@@ -29,7 +29,7 @@ class Estimate:
     model: int
     added: dict[str, int]
     free: int
-    recompute: bool
+    checkpointing: str
 
     @property
     def total(self) -> int:
@@ -70,7 +70,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def estimate(model: Any, options: Options, batch: int, length: int, labelled: int, dtype: torch.dtype) -> Estimate:
-    """What training will need; activations are recomputed in the backward pass where they would not fit well.
+    """What training will need; where that would not fit well, activations are recomputed, as few as possible.
 
     Args:
         model: the model under its adapter.
@@ -83,14 +83,14 @@ def estimate(model: Any, options: Options, batch: int, length: int, labelled: in
     device = next(model.parameters()).device
     shape = Shape.of(model.get_base_model())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    run = Run(batch, length, trained, dtype.itemsize, options.optim, False, labelled, device.type == "cpu")
+    run = Run(batch, length, trained, dtype.itemsize, options.optim, labelled=labelled, on_cpu=device.type == "cpu")
     free = free_bytes(device)
-    needs = parts(shape, "QLoRA", run)
-    recompute = sum(needs[part] for part in ADDED) > COMFORTABLE * free
-    if recompute:
-        needs = parts(shape, "QLoRA", replace(run, recompute=True))
+    for checkpointing in CHECKPOINTING:
+        needs = parts(shape, "QLoRA", replace(run, checkpointing=checkpointing))
+        if sum(needs[part] for part in ADDED) <= COMFORTABLE * free:
+            break
     added = {part: needs[part] for part in ADDED} | {"gradients": 4 * trained}
-    return Estimate(used_bytes(device), needs["weights"] + needs["constants"], added, free, recompute)
+    return Estimate(used_bytes(device), needs["weights"] + needs["constants"], added, free, checkpointing)
 
 
 def return_freed_memory() -> None:

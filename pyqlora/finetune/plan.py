@@ -13,6 +13,11 @@ from pyqlora.finetune.memory import Estimate
 from pyqlora.finetune.options import Options
 
 SAMPLE_TOKENS = 120  # of the sample that is shown
+HOW = {
+    "none": "keeping activations",
+    "selective": "keeping the outputs of linear layers and attention, recomputing other activations",
+    "full": "recomputing activations",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def make_plan(
     if encoding.truncated:
         kept += f", {encoding.truncated} cut to {options.max_length} tokens"
     epochs = steps * per_step / len(train)
-    how = "recomputing activations" if estimate.recompute else "keeping activations"
+    how = HOW[estimate.checkpointing]
     added = ", ".join(f"{size(count)} {part}" for part, count in estimate.added.items())
     held = f"{len(held_out)} held out"
     if options.val and not held_out and len(train) > 1:

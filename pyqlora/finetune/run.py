@@ -27,6 +27,7 @@ from pyqlora.finetune.loop import Loop, Record, make_optimizer
 from pyqlora.finetune.memory import estimate, peak_bytes, return_freed_memory
 from pyqlora.finetune.options import CONFIG_FILE, Options
 from pyqlora.finetune.plan import Plan, make_plan
+from pyqlora.ops.selective_checkpointing import selective_checkpointing
 
 CHECKPOINT_SECONDS = 600
 DEFAULT_OUT = "pyqlora-out"
@@ -110,9 +111,10 @@ def finetune(options: Options, screen: Screen, resume: str | None = None) -> Res
     largest = sorted(train, key=lambda s: len(s.ids))[-options.batch_size :]
     labelled = sum(sample.trained for sample in largest)
     needed = estimate(model, options, len(largest), len(largest[-1].ids), labelled, dtype)
-    if needed.recompute:
+    if needed.checkpointing != "none":
         return_freed_memory()
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        how = {"context_fn": selective_checkpointing} if needed.checkpointing == "selective" else {}
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False, **how})
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(options.optim, trained)
     loop = Loop(model, optimizer, train, order, 0, options.lr, tokenizer.pad_token_id)

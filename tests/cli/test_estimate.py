@@ -46,6 +46,7 @@ def test_a_config_file_is_enough(directory, capsys):
         (["--device", "huge"], "--device 'huge': expected cpu"),
         (["--dtype", "int8"], "--dtype must be float32 or bfloat16, got 'int8'"),
         (["--optim", "sgd"], "--optim 'sgd' is not known, expected one of paged_adamw_8bit"),
+        (["--checkpointing", "all"], "--checkpointing 'all' is not known, expected none, selective, full"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )

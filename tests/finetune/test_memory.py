@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("psutil")
 
-import tiny_model
+import tiny
 
 import pyqlora
-from pyqlora.estimate import Run, Shape, parts
+from pyqlora.estimate import CHECKPOINTING, Run, Shape, parts
 from pyqlora.finetune import memory
 from pyqlora.finetune.options import Options
 
@@ -21,17 +21,18 @@ def test_measured_bytes_are_plausible():
     assert memory.free_bytes(CPU) > 1e6
 
 
-@pytest.mark.parametrize(("free", "recompute"), [(10**12, False), (10**6, True)])
-def test_activations_are_recomputed_where_memory_is_short(monkeypatch, free, recompute):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
-    model = tiny_model.model()
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_activations_are_recomputed_where_memory_is_short(monkeypatch, checkpointing):
+    model = tiny.llama(num_hidden_layers=8)
     shape = Shape.of(model)
     model = pyqlora.get_peft_model(model, pyqlora.LoraConfig(r=4, target_modules="all-linear"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == shape.adapter(4)
+    needs = parts(shape, "QLoRA", Run(10, 100, trained, 4, checkpointing=checkpointing, labelled=90))
+    enough = sum(needs[part] for part in memory.ADDED) / memory.COMFORTABLE
+    monkeypatch.setattr(memory, "free_bytes", lambda device: enough + 1 if checkpointing != "full" else 0)
     estimate = memory.estimate(model, Options(), 10, 100, 90, torch.float32)
-    assert estimate.recompute is recompute
-    needs = parts(shape, "QLoRA", Run(10, 100, trained, 4, recompute=recompute, labelled=90))
+    assert estimate.checkpointing == checkpointing
     assert estimate.added == {part: needs[part] for part in memory.ADDED} | {"gradients": 4 * trained}
     assert estimate.total == estimate.now + sum(estimate.added.values())
 

@@ -175,9 +175,7 @@ def test_what_it_serves():
 
 def test_what_it_refuses():
     (q, k, v), _ = inputs((2, 4, 2, 6, 6, 8, 8))
-    with pytest.raises(
-        ValueError, match=r"attention: expected q \[batch, .*got q \[2, 4, 6, 8\], k \[2, 2, 6, 7\]"
-    ):
+    with pytest.raises(ValueError, match=r"attention: expected q \[batch, .*got q \[2, 4, 6, 8\], k \[2, 2, 6, 7\]"):
         attention(q, k[..., :7], v)
     with pytest.raises(ValueError, match="attention: heads: expected a multiple of 2, got 3"):
         attention(q[:, :3], k, v)
