@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
 from pyqlora.experts import stack_weights
+from pyqlora.hub import download
 from pyqlora.lora_layer import LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
@@ -42,7 +43,7 @@ class LoadResult(NamedTuple):
     misshapen_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
-def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any) -> str | None:
+def find_file(model_id: str, name: str, subfolder: str | None = None, **where: Any) -> str | None:
     """The path of a file of an adapter: in a directory, or fetched from the hub if huggingface_hub is installed."""
     folder = os.path.join(model_id, subfolder) if subfolder else str(model_id)
     path = os.path.join(folder, name)
@@ -50,16 +51,7 @@ def find_file(model_id: str, name: str, subfolder: str | None = None, **hub: Any
         return path
     if os.path.isdir(folder) or "/" not in str(model_id):  # the hub's names are owner/name
         return None
-    try:
-        import huggingface_hub
-    except ImportError:
-        return None
-    allowed = ("revision", "cache_dir", "token", "force_download", "local_files_only", "repo_type", "endpoint")
-    kwargs = {key: value for key, value in hub.items() if key in allowed}
-    try:
-        return huggingface_hub.hf_hub_download(str(model_id), name, subfolder=subfolder, **kwargs)
-    except (OSError, ValueError):  # not on the hub, no network, or not an id: all of huggingface_hub's errors
-        return None
+    return download(str(model_id), f"{subfolder}/{name}" if subfolder else name, **where)
 
 
 def file_keys(model: nn.Module, adapter_name: str) -> dict[str, str]:

@@ -107,11 +107,15 @@ class PeftConfig:
             TypeError: the file is no adapter's config.
         """
         from pyqlora.adapter_files import find_file
+        from pyqlora.hub import reason_to_lack
 
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
         if path is None:
-            where = "" if os.path.isdir(pretrained_model_name_or_path) else ": there is no such directory or repository"
-            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'{where}")
+            name = str(pretrained_model_name_or_path)
+            where = "" if os.path.isdir(name) else ": there is no such directory"
+            if where and "/" in name and not os.path.isabs(name):
+                where += f", and {reason_to_lack(name, CONFIG_NAME, **kwargs)}"
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{name}'{where}")
         values = cls.from_json_file(path)
         own = {f.name for f in fields(LoraConfig)}
         return cls.from_peft_type(**{**{k: v for k, v in kwargs.items() if k in own}, **values})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from pyqlora.finetune.options import Options
+from pyqlora.hub import reason_to_lack
 
 
 def pick_device() -> tuple[torch.device, torch.dtype]:
@@ -50,8 +50,8 @@ class Source:
                 raise FileNotFoundError(f"{path}: no config.json in this directory, so it holds no Hugging Face model")
         elif path.exists():
             raise ValueError(f"{path}: expected a Hugging Face model directory or a .gguf file")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
-            raise FileNotFoundError(f"{path}: no such model directory or .gguf file")
+        elif reason := reason_to_lack(model, "config.json"):
+            raise FileNotFoundError(f"{path}: no such model directory or .gguf file, and {reason}")
 
     def context(self) -> int | None:
         """The longest sequence the model was made for, in tokens, where its config says so."""

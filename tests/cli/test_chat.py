@@ -202,9 +202,11 @@ def fails(capsys, *arguments) -> str:
     return printed
 
 
-def test_what_is_not_there(places, tmp_path, capsys):
+def test_what_is_not_there(places, tmp_path, monkeypatch, capsys):
     model, one, _ = places
     assert "no such model directory or .gguf file" in fails(capsys, tmp_path / "no")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "poet: no such model directory or .gguf file, and it is not in the hub's cache" in fails(capsys, "runs/poet")
     assert "adapter_config.json" in fails(capsys, model, "--adapter", tmp_path / "no")
     assert f"the name 'one' is taken; give another: NAME={one}" in fails(
         capsys, model, "--adapter", one, "--adapter", one
