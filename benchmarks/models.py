@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import pyqlora
@@ -25,7 +27,8 @@ SMOLLM2_135M = {
 }
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IMPLEMENTATIONS = ("pyqlora", "bitsandbytes", "torch dense")
-CHECKPOINTING = {"use_reentrant": False}
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in ("mm", "addmm", ATTENTION)]
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 _directory = tempfile.TemporaryDirectory()
@@ -61,15 +64,25 @@ def load(implementation: str, path: Path, dtype: torch.dtype) -> Any:
         quantizer.register()
 
 
-def adapted(implementation: str, path: Path, dtype: torch.dtype, r: int = 16, dropout: float = 0.0) -> Any:
-    """The model under a LoRA adapter on all projections, ready to train with gradient checkpointing."""
+def adapted(
+    implementation: str, path: Path, dtype: torch.dtype, r: int = 16, dropout: float = 0.0, selective: bool = False
+) -> Any:
+    """The model under a LoRA adapter on all projections, ready to train with gradient checkpointing.
+
+    `selective` keeps the results of products: pyqlora's of 4-bit layers and attention, the peers' of all by torch's own
+    selective checkpointing.
+    """
     model = load(implementation, path, dtype)
     library = pyqlora if implementation == "pyqlora" else peft
+    how: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        by_torch = partial(create_selective_checkpoint_contexts, PRODUCTS)
+        how["context_fn"] = pyqlora.selective_checkpointing if implementation == "pyqlora" else by_torch
     if implementation == "torch dense":
-        model.gradient_checkpointing_enable(CHECKPOINTING)
+        model.gradient_checkpointing_enable(how)
         model.enable_input_require_grads()
     else:
-        model = library.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=CHECKPOINTING)
+        model = library.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=how)
     torch.manual_seed(1)
     config = library.LoraConfig(
         r=r, lora_alpha=2 * r, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM"

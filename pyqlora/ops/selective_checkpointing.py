@@ -62,9 +62,13 @@ class _Pass:
 def selective_checkpointing() -> tuple[_Pass, _Pass]:
     """The `context_fn` of torch.utils.checkpoint for blocks whose layers on 4-bit weights are not to run twice.
 
-    transformers and PEFT's helpers pass it on, where checkpointing is not reentrant:
+    transformers and prepare_model_for_kbit_training pass it on, where checkpointing is not reentrant:
 
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": pyqlora.selective_checkpointing})
+        kwargs = {"use_reentrant": False, "context_fn": pyqlora.selective_checkpointing}
+        model = pyqlora.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
+
+    The Trainer then leaves it as it is, unless its arguments ask for checkpointing themselves; a function among those
+    is not JSON, which some of its loggers want.
 
     Losses and gradients are those of plain checkpointing, to the bit. A layer's output stays until the backward pass
     takes it: in a Llama of hidden size d, intermediate size i and k key-value dimensions 3·d + 2·k + 2·i numbers for
