@@ -78,10 +78,11 @@ PYQLORA_TARGET_END
 
 namespace {
 
-constexpr int64_t kDepth = 256;             // of a panel, which then stays in the first cache
-constexpr int64_t kBlock = 128;             // columns of C whose panels a thread holds in its second cache
-constexpr int64_t kStripBytes = 1 << 18;    // of a group of strips that run past one panel after the other
-constexpr int64_t kPackedBytes = 16 << 20;  // of all strips together
+constexpr int64_t kDepth = 256;            // of a panel, which then stays in the first cache
+constexpr int64_t kBlock = 128;            // columns of C whose panels a thread holds in its second cache
+constexpr int64_t kStripBytes = 1 << 18;   // of a group of strips that run past one panel after the other
+constexpr int64_t kPackedBytes = 3 << 19;  // of the strips of a chunk of rows, which the larger caches hold
+constexpr int64_t kFewestRows = 384;       // of a chunk, for each of which all of B is made anew
 
 // Memory that a thread keeps from one product to the next.
 class Workspace {
@@ -238,8 +239,7 @@ Lines rows_of(const TensorRef& matrix, int64_t columns, float scale) {
 void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads) {
     int64_t depths = 0;
     for (const Term& t : terms) depths += t.depth;
-    const int64_t rows =
-        std::max(tile_rows(), kPackedBytes / (4 * std::max<int64_t>(depths, 1)) / tile_rows() * tile_rows());
+    const int64_t rows = std::max(kFewestRows, kPackedBytes / (4 * std::max<int64_t>(depths, 1)));
     // Chunks of equal size: a small last one would decode all of B for little.
     const int64_t chunk = m ? round_up(ceil_div(m, ceil_div(m, rows)), tile_rows()) : 1;
     for (int64_t first = 0; first < m; first += chunk)
