@@ -157,6 +157,20 @@ def test_repeats_bit_for_bit_and_for_any_number_of_threads():
             assert torch.equal(y, results[0][0]) and torch.equal(dx, results[0][1])
 
 
+@pytest.mark.parametrize(("rows", "k"), [(769, 1088), (385, 4160), (6155, 64)])
+def test_products_in_chunks_of_rows(isa, rows, k):
+    """More rows than the 384, or the 1.5 MB of them, that are multiplied at a time."""
+    if isa == "scalar" and rows * k > 10**6:
+        pytest.skip("slow, and the same code")
+    arguments, w = weight(16, k)
+    x, dy = torch.randn(rows, k, requires_grad=True), torch.randn(rows, 16)
+    y = linear_4bit(x, *arguments)
+    y.backward(dy)
+    xd, dyd = x.detach().double(), dy.double()
+    assert_near(y.detach(), xd @ w.T, xd.abs() @ w.T.abs(), k)
+    assert_near(x.grad, dyd @ w, dyd.abs() @ w.abs(), 16)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_operator_contract(rows):
     arguments, _ = weight(16, 64, nested=True)
