@@ -13,9 +13,18 @@ from pyqlora.auto import (
     AutoPeftModelForTokenClassification,
 )
 from pyqlora.base_weights import get_base_model_state_dict, set_base_model_state_dict
-from pyqlora.config import EvaConfig, LoftQConfig, LoraConfig, LoraRuntimeConfig, PeftConfig, PeftType, TaskType
+from pyqlora.config import (
+    EvaConfig,
+    LoftQConfig,
+    LoraConfig,
+    LoraRuntimeConfig,
+    PeftConfig,
+    PeftType,
+    TaskType,
+    get_peft_config,
+)
 from pyqlora.eva import get_eva_state_dict, initialize_lora_eva_weights
-from pyqlora.kbit import prepare_model_for_kbit_training
+from pyqlora.kbit import cast_mixed_precision_params, prepare_model_for_kbit_training
 from pyqlora.low_rank import LinearWithLoRA, LoRALayer, replace_linear_with_lora
 from pyqlora.matmul import matmul_4bit
 from pyqlora.model import PeftModel
@@ -62,11 +71,13 @@ __all__ = [
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",
+    "cast_mixed_precision_params",
     "causal_lm_loss",
     "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",

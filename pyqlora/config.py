@@ -166,6 +166,15 @@ class PeftConfig:
         )
 
 
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config with a dict's values, of the class that its `peft_type` names.
+
+    Raises:
+        ValueError: a method other than LoRA, or an active setting that is not known.
+    """
+    return PeftConfig.from_peft_type(**config_dict)
+
+
 @dataclass
 class LoraRuntimeConfig:
     """Settings of one run, never written to a file."""

@@ -1,10 +1,11 @@
-"""prepare_model_for_kbit_training: a quantized model ready for adapters."""
+"""A quantized or half-precision model made ready for training adapters."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyqlora.integrations.attention import use_cpu_attention
@@ -37,6 +38,20 @@ def prepare_model_for_kbit_training(
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     return model
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """For training with autocast: what is trained in float32, which small updates need, and the rest in `dtype`.
+
+    Weights in 4 bits stay as they are.
+
+    Args:
+        model: a model with adapters, or any other.
+        dtype: for what is frozen, torch.float16 or torch.bfloat16.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
 def enable_gradient_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None = None) -> None:

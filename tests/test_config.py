@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pyqlora import EvaConfig, LoftQConfig, LoraConfig, PeftConfig, TaskType
+from pyqlora import EvaConfig, LoftQConfig, LoraConfig, PeftConfig, TaskType, get_peft_config
 
 
 def test_round_trip(tmp_path):
@@ -85,6 +85,13 @@ def test_runtime_config_is_not_read(tmp_path):
 def test_errors(kwargs, text):
     with pytest.raises(ValueError, match=text):
         LoraConfig(**kwargs)
+
+
+def test_a_config_from_a_dict():
+    made = get_peft_config({"peft_type": "LORA", "r": 3, "target_modules": ["up"], "task_type": "CAUSAL_LM"})
+    assert made == LoraConfig(r=3, target_modules=["up"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="peft_type=PREFIX_TUNING"):
+        get_peft_config({"peft_type": "PREFIX_TUNING"})
 
 
 def test_other_methods_are_refused_by_name(tmp_path):

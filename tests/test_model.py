@@ -16,6 +16,7 @@ from pyqlora import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    cast_mixed_precision_params,
     dense,
     get_peft_model,
     get_peft_model_state_dict,
@@ -179,6 +180,19 @@ def two():
 
 def trainable(model):
     return {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_for_mixed_precision(dtype):
+    model = get_peft_model(tiny.mlp_4bit(), LoraConfig(target_modules=["up"]), autocast_adapter_dtype=False).to(dtype)
+    packed = model.base_model.model.up.base_layer.weight
+    before = packed.clone()
+    cast_mixed_precision_params(model, dtype)
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    assert dtypes == {torch.float32}
+    frozen = [p for p in model.parameters() if not p.requires_grad and getattr(p, "quant_state", None) is None]
+    assert frozen and {parameter.dtype for parameter in frozen} == {dtype}
+    assert packed.dtype == torch.uint8 and torch.equal(packed, before)
 
 
 def test_adding_does_not_activate():

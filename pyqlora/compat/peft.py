@@ -44,7 +44,10 @@ _REFUSED = (
     }
     | {
         name: refused_function(_refusal(name))
-        for name in ("convert_to_lora", "create_arrow_model", "preprocess_corda", "preprocess_loraga", "save_as_lora")
+        for name in [
+            *("convert_to_lora", "create_arrow_model", "find_kappa_target_modules", "preprocess_corda"),
+            *("preprocess_loraga", "replace_lora_weights_loftq", "save_as_lora"),
+        ]
     }
 )
 _MAPPINGS = {
