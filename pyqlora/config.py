@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -112,10 +113,11 @@ class PeftConfig:
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **kwargs)
         if path is None:
             name = str(pretrained_model_name_or_path)
-            where = "" if os.path.isdir(name) else ": there is no such directory"
-            if where and "/" in name and not os.path.isabs(name):
+            place = os.path.join(name, subfolder) if subfolder else name
+            where = "" if os.path.isdir(place) else ": there is no such directory"
+            if not os.path.isdir(name) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):  # it may be a repository's
                 where += f", and {reason_to_lack(name, CONFIG_NAME, **kwargs)}"
-            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{name}'{where}")
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{place}'{where}")
         values = cls.from_json_file(path)
         own = {f.name for f in fields(LoraConfig)}
         return cls.from_peft_type(**{**{k: v for k, v in kwargs.items() if k in own}, **values})

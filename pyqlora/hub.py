@@ -36,7 +36,7 @@ def reason_to_lack(repo_id: str, name: str, **where: Any) -> str | None:
     except errors.RepositoryNotFoundError:
         return "the hub has no such repository, or only with a token"
     except errors.HFValidationError:
-        return "the hub has no such names"
+        return "it is no name of a repository"
     except errors.OfflineModeIsEnabled:
         return "it is not in the hub's cache either (HF_HUB_OFFLINE is set)"
     except errors.HfHubHTTPError as error:

@@ -200,18 +200,19 @@ def no_match_error(config: LoraConfig, model: nn.Module, excluded: bool, missed:
         text += f" Note: You specified 'layers_to_transform': {config.layers_to_transform}."
     if config.layers_pattern is not None:
         text += f" You also specified 'layers_pattern': {config.layers_pattern}."
-    return NoMatchingPeftModuleError(text + nearest_names(config, model))
-
-
-def nearest_names(config: LoraConfig, model: nn.Module) -> str:
-    """A sentence with the layer names that are spelt most like the targets, e.g. " Nearest names: q_proj, v_proj." """
-    names = {name.rpartition(".")[2]: name for name, module in model.named_modules() if not any(module.children())}
-    names = {last: full for last, full in names.items() if last and not last.isdigit()}
     if isinstance(config.target_modules, str):
         wanted = re.findall(r"[A-Za-z_]\w+", config.target_modules)
     else:
-        wanted = [target.rpartition(".")[2] for target in sorted(config.target_modules or ())]
-    near = [name for word in wanted for name in difflib.get_close_matches(word, names, n=3, cutoff=0.5)]
+        wanted = sorted(config.target_modules or ())
+    return NoMatchingPeftModuleError(text + nearest_names(wanted, model))
+
+
+def nearest_names(wanted: list[str], model: nn.Module) -> str:
+    """A sentence with the layer names that are spelt most like those, e.g. " Nearest names: q_proj, v_proj." """
+    names = {name.rpartition(".")[2]: name for name, module in model.named_modules() if not any(module.children())}
+    names = {last: full for last, full in names.items() if last and not last.isdigit()}
+    words = [name.rpartition(".")[2] for name in wanted]
+    near = [name for word in words for name in difflib.get_close_matches(word, names, n=3, cutoff=0.5)]
     near = list(dict.fromkeys(near)) or sorted(names)
     shown = ", ".join(near[:8]) + (", …" if len(near) > 8 else "")
     return f" Nearest names: {shown}; e.g. {names[near[0]]}." if near else ""

@@ -6,6 +6,7 @@ embeddings hold `lora_embedding_A.<adapter>` [r, rows] and `lora_embedding_B.<ad
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -125,7 +126,7 @@ class LoraLayer:
         Raises:
             ValueError: a rank that is not positive, or an unknown initialisation.
         """
-        if r <= 0:
+        if not isinstance(r, numbers.Integral) or r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         if config.lora_bias and getattr(self.get_base_layer(), "bias", None) is None:
             warnings.warn(

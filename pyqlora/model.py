@@ -277,7 +277,7 @@ class PeftModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         for name in names:
             if name not in self.peft_config:
-                raise ValueError(f"Adapter {name} not found.")
+                raise ValueError(f"Adapter {name} not found. The model has {sorted(self.peft_config)}.")
         self.base_model.set_adapter(names, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:

@@ -8,12 +8,22 @@ from torch import Tensor, nn
 
 from pyqlora.auxiliary import ModulesToSaveWrapper
 from pyqlora.config import LoraConfig
-from pyqlora.inject import EXCLUDED, ends_with, match, pattern_value
+from pyqlora.inject import (
+    CLASSIFIER_HEADS,
+    DEFAULT_TARGETS,
+    EXCLUDED,
+    ends_with,
+    match,
+    model_config,
+    nearest_names,
+    pattern_value,
+)
 from pyqlora.lora_layer import PREFIX, LoraLayer
 from pyqlora.trainable_tokens import TrainableTokensWrapper
 
 COMPILED = "_orig_mod."  # how names in a torch.compile wrapper start
 STACKS = ("gate_up_proj", "down_proj")  # all experts' weights in one parameter, as transformers 5 has them
+TASK_HEADS = {*CLASSIFIER_HEADS, "qa_outputs"}  # what models with a task save, by whichever of these names they have it
 Wrapper = ModulesToSaveWrapper | TrainableTokensWrapper
 Adapted = LoraLayer | Wrapper
 
@@ -87,6 +97,28 @@ def warn_about_experts(config: LoraConfig, model: nn.Module) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
+
+
+def warn_about_names(config: LoraConfig, model: nn.Module) -> None:
+    """Say which names in target_modules and modules_to_save no module has, where others do, as one that is misspelt.
+
+    The names that are usual for a type of model or of task need not all be there.
+    """
+    names = [name for name, _ in model.named_modules()]
+    targets = config.target_modules if isinstance(config.target_modules, set) else set()
+    if targets == set(DEFAULT_TARGETS.get(model_config(model).get("model_type"), ())):
+        targets = set()
+    lost_targets = sorted(one for one in targets if not any(ends_with(name, [one]) for name in names))
+    saved = set(config.modules_to_save or ()) - TASK_HEADS
+    lost_saved = sorted(one for one in saved if not any(name.endswith(one) for name in names))
+    for field, lost in (("target_modules", lost_targets), ("modules_to_save", lost_saved)):
+        if lost:
+            warnings.warn(
+                f"{field} names {', '.join(lost)}, but no module of the model is called so."
+                f"{nearest_names(lost, model)}",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
 
 def warn_about_targets(config: LoraConfig, modules: list[str], parameters: list[str], may_keep_all: bool) -> None:

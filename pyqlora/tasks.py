@@ -175,7 +175,10 @@ def get_peft_model(
 
     Raises:
         ValueError: the config fits no module of the model (the message names the nearest).
+        TypeError: the config is no LoraConfig.
     """
+    if not hasattr(peft_config, "peft_type"):
+        raise TypeError(f"get_peft_model: expected a LoraConfig, got {type(peft_config).__name__}: {peft_config!r}")
     if any(isinstance(module, LoraLayer) for module in model.modules()):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "

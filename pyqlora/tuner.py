@@ -22,7 +22,7 @@ from pyqlora.merge_check import checked
 from pyqlora.parameters import wrap_parameters
 from pyqlora.replicate import replicate_layers
 from pyqlora.rows import BASE_ROW, RowAdapters, serving
-from pyqlora.targets import Adapted, Wrapper, find_targets, warn_about_experts, warn_about_targets
+from pyqlora.targets import Adapted, Wrapper, find_targets, warn_about_experts, warn_about_names, warn_about_targets
 from pyqlora.trainable_tokens import TrainableTokensWrapper, wrap_trainable_tokens
 from pyqlora.tying import Ties, tie_layers
 from pyqlora.unload import unload, untie
@@ -143,6 +143,8 @@ class LoraModel(nn.Module):
         if not modules and not parameters:
             raise no_match_error(config, model, excluded, missed)
         warn_about_targets(config, modules, parameters, excluded or state_dict is not None)
+        if modules and state_dict is None:
+            warn_about_names(config, model)
         self.targeted_module_names += [name for name in modules if name not in self.targeted_module_names]
         self.targeted_parameter_names += [name for name in parameters if name not in self.targeted_parameter_names]
         active = adapter_name in self.active_adapters

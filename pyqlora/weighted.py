@@ -55,7 +55,8 @@ def tensor_merge(kind: str, density: float | None, majority: str) -> Merge:
         "dare_ties": (keep_random, True),
     }
     if kind not in kinds:
-        raise ValueError(f"Invalid combination_type: {kind}")
+        known = ", ".join(["svd", "cat", *kinds, *(f"{one}_svd" for one in kinds if one != "linear")])
+        raise ValueError(f"Invalid combination_type: {kind}, expected one of {known}")
     prune, elect = kinds[kind]
     if prune is not None and (density is None or density < 0):
         raise ValueError(f"Density should be >= 0, got {density}")

@@ -106,6 +106,8 @@ def test_missing_file(tmp_path):
     for name in ("nowhere", tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"nowhere': there is no such directory$"):
             PeftConfig.from_pretrained(name)
+    with pytest.raises(ValueError, match=r"at '.*inner': there is no such directory$"):
+        PeftConfig.from_pretrained(tmp_path, subfolder="inner")
     with pytest.raises(ValueError, match=r"'runs/poet': there is no such directory, and it is not in the hub's cache"):
         PeftConfig.from_pretrained("runs/poet", local_files_only=True)
     tmp_path.joinpath("file").touch()

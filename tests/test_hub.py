@@ -65,7 +65,7 @@ def test_offline(monkeypatch):
 
 @pytest.mark.parametrize("name", ["./runs/poet", "/runs/poet", "runs/poet/last", "--"])
 def test_paths_are_no_names_of_repositories(name):
-    assert hub.reason_to_lack(name, "file.json") == "the hub has no such names"
+    assert hub.reason_to_lack(name, "file.json") == "it is no name of a repository"
 
 
 def answer(monkeypatch, error, code):

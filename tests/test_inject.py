@@ -118,6 +118,30 @@ def test_unused_exclusion_and_patterns_are_said():
         adapted(tiny.mlp(), target_modules=["up"], rank_pattern={"nothing": 3, "up": 3})
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"target_modules": ["up", "dwn"]},
+            "target_modules names dwn, but no module of the model is called so. Ne.*down",
+        ),
+        ({"target_modules": ["up"], "modules_to_save": ["haed"]}, "modules_to_save names haed, but .* Nearest.*head"),
+    ],
+)
+def test_one_misspelt_name_among_others_is_said(settings, text):
+    with pytest.warns(RuntimeWarning, match=text):
+        get_peft_model(tiny.mlp(), LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_are_usual_need_not_all_be_there():
+    model = tiny.mlp()
+    model.config = {"model_type": "phi"}
+    model.q_proj = nn.Linear(2, 2)
+    get_peft_model(model, LoraConfig(modules_to_save=["classifier", "score", "ead"]))
+    get_peft_model(tiny.mlp(), LoraConfig(target_modules=["up", "down"], exclude_modules=["down"]))
+
+
 def test_rank_and_alpha_patterns():
     config = LoraConfig(
         r=2, lora_alpha=4, target_modules=["up", "down"], rank_pattern={"up": 5}, alpha_pattern={"d.*": 7}

@@ -462,6 +462,11 @@ def test_get_peft_model_errors_and_warnings():
     with pytest.warns(UserWarning, match="renamed from 'somewhere'|overwriting with revision b"):
         get_peft_model(tiny.mlp(), named, revision="b")
     assert named.revision == "b"
+    with pytest.raises(TypeError, match=r"expected a LoraConfig, got dict: \{'r': 8\}"):
+        get_peft_model(tiny.mlp(), {"r": 8})
+    for r in (0, 8.0, "8"):
+        with pytest.raises(ValueError, match=f"`r` should be a positive integer value but the value passed is {r}"):
+            get_peft_model(tiny.mlp(), config(r=r))
 
 
 def test_from_pretrained_wants_a_config(tmp_path):

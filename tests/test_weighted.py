@@ -67,8 +67,8 @@ def test_the_new_adapter_waits_frozen():
     "arguments, text",
     [
         ((["default", "nobody"], [1, 1], "n", "svd"), "Adapter nobody does not exist"),
-        ((["default", "other"], [1, 1], "n", "best"), "Invalid combination_type: best"),
-        ((["default", "other"], [1, 1], "n", "best_svd"), "Invalid combination_type: best"),
+        ((["default", "other"], [1, 1], "n", "best"), "Invalid combination_type: best, expected one of svd, cat"),
+        ((["default", "other"], [1, 1], "n", "best_svd"), "Invalid combination_type: best, .*, magnitude_prune_svd"),
         ((["default", "other"], [1, 1], "n", "linear"), "All adapters must have the same r"),
         ((["default", "other"], [1], "n", "svd"), "2 adapters but 1 weights"),
         ((["default", "other"], [1, 1], "n", "ties_svd"), "Density should be >= 0, got None"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ class Source:
                 raise FileNotFoundError(f"{path}: no config.json in this directory, so it holds no Hugging Face model")
         elif path.exists():
             raise ValueError(f"{path}: expected a Hugging Face model directory or a .gguf file")
+        elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+            raise FileNotFoundError(f"{path}: no such model directory or .gguf file")
         elif reason := reason_to_lack(model, "config.json"):
             raise FileNotFoundError(f"{path}: no such model directory or .gguf file, and {reason}")
 
