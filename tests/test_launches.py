@@ -71,7 +71,7 @@ def down(x, a, b, seed):
 
 def rows(x, y, tiles, a, b):
     s = lora_linear_cuda.down_rows(x, [a], [2.0], tiles)
-    return s, lora_linear_cuda.up(s, [b], y, tiles)
+    return s, lora_linear_cuda.up(s, [b], y, tiles=tiles)
 
 
 def backward(dy, b, s):

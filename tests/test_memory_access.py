@@ -166,7 +166,7 @@ def test_lora_down_and_up(adapters, dtype, rank):
     assert ratio(totals, "device", "load", 16) < factor_ratio(dtype)
     assert max(ratio(totals, "shared", "load"), ratio(totals, "shared", "store")) < CLOSE
     assert ratio(totals, "device", "store") < 2.01  # sums: a fragment's neighbours are two apart, in two requests
-    totals = counted(lambda: lora_linear_cuda.up(s[0], b, y, tiles))
+    totals = counted(lambda: lora_linear_cuda.up(s[0], b, y, tiles=tiles))
     assert ratio(totals, "device", "load", 16) < factor_ratio(dtype)
     assert ratio(totals, "device", "store") < CLOSE and store_width(totals) == 16
 

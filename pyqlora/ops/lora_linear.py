@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from pyqlora.ops import backend
 from pyqlora.ops import lora_linear_cpu as on_cpu
-from pyqlora.ops import lora_linear_cuda as kernels
+from pyqlora.ops import lora_linear_cuda as on_gpu
 from pyqlora.ops import lora_shared_cuda as shared
 from pyqlora.ops.backend import is_plain, native
 from pyqlora.ops.selective_checkpointing import keeping
@@ -95,10 +95,10 @@ def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
 def down(x: Tensor, a: Tensor, scaling: float, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     """h = scaling · drop(x)·Aᵀ [M, r] in `dtype`; here drop also scales."""
     rows, scale = x.reshape(-1, x.shape[-1]), scaling / (1.0 - dropout)
-    if x.dtype == dtype and kernels.serves(x):
-        return kernels.down(rows, [a], [scale], seed, dropout)[0] if seed is not None else shared.down(x, a, scale)
+    if x.dtype == dtype and on_gpu.serves(x):
+        return on_gpu.down(rows, [a], [scale], seed, dropout)[0] if seed is not None else shared.down(x, a, scale)
     if on_cpu.serves(x, a):
-        return on_cpu.down(rows, a, scale, seed, dropout)
+        return on_cpu.down(rows, [a], [scale], seed, dropout)[0]
     return torch.mm(dropped(rows, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
 
 
@@ -106,7 +106,7 @@ def add_up(base: Tensor, h: Tensor, b: Tensor, inplace: bool) -> Tensor:
     """base + h·Bᵀ in base's dtype."""
     if on_cpu.serves(base, h, b):
         y = base if inplace else base.clone(memory_format=torch.contiguous_format)
-        return on_cpu.up(h, b, y)
+        return on_cpu.up(h, [b], y)
     rows, b = base.reshape(-1, base.shape[-1]), b.to(h.dtype)
     if base.dtype == h.dtype and not inplace:
         return torch.addmm(rows, h, b.t()).view(base.shape)
@@ -121,7 +121,8 @@ def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a
     """(dx, dA, dB) of the update, None where not needed; onto a given `dx`, which is contiguous."""
     rows, g, scale = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), scaling / (1.0 - dropout)
     da = db = None
-    if h.dtype == g.dtype and kernels.serves(g, x):
+    kernels = on_gpu if h.dtype == g.dtype and on_gpu.serves(g, x) else on_cpu
+    if kernels is on_gpu or on_cpu.serves(g, x, h, a, b):
         g = g.contiguous()
         if need_b:
             gb, db = kernels.backward(g, b, h, scale)
@@ -131,19 +132,7 @@ def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a
             da = kernels.backward_a(rows.contiguous(), a, gb, seed, dropout)
         if need_x:
             out = x.new_empty(x.shape) if dx is None else dx
-            dx = kernels.up(gb, [a.t()], out, None, seed, dropout, accumulate=dx is not None)
-        return dx, da, db
-    if on_cpu.serves(g, x, h, a, b):
-        g = g.contiguous()
-        if need_b:
-            gb, db = on_cpu.backward(g, b, h, scale)
-        elif need_x or need_a:
-            gb = on_cpu.down(g, b.t(), scale)
-        if need_a:
-            da = on_cpu.backward_a(rows.contiguous(), a, gb, seed, dropout)
-        if need_x:
-            out = x.new_empty(x.shape) if dx is None else dx
-            dx = on_cpu.up(gb, a.t(), out, seed, dropout, accumulate=dx is not None)
+            dx = kernels.up(gb, [a.t()], out, seed, dropout, accumulate=dx is not None)
         return dx, da, db
     g = g.to(dtype)
     if need_b:

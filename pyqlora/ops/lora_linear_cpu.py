@@ -1,4 +1,7 @@
-"""The products of lora_linear on the CPU: activations and factors in any float but float64, float32 sums and s."""
+"""The products of lora_linear on the CPU: activations and factors in any float but float64, float32 sums and s.
+
+The same calls as `pyqlora.ops.lora_linear_cuda`'s.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,23 @@ def serves(*tensors: Tensor) -> bool:
     return all(t.dtype in _FLOATS and t.is_cpu and not on_gpu(t) for t in tensors)
 
 
-def down(x: Tensor, a: Tensor, scale: float, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """scale · drop(x)·Aᵀ, float32 [M, r], of x [M, K] and A [r, K]. The dropped x is not scaled."""
+def down(
+    x: Tensor, a: list[Tensor], scales: list[float], seed: Tensor | None = None, dropout: float = 0.0
+) -> list[Tensor]:
+    """scale · drop(x)·Aᵀ, float32 [M, r], for each of the factors [r, K]; x is [M, K]. The dropped x is not scaled."""
     module, context = native(x)
-    s = x.new_empty((len(x), len(a)), dtype=torch.float32)
-    module.lora_down(x.contiguous(), [a.contiguous()], x.shape[1], [scale], None, seed, dropout, s, None, context)
-    return s
+    x, sums = x.contiguous(), [x.new_empty((len(x), len(factor)), dtype=torch.float32) for factor in a]
+    for factor, scale, s in zip(a, scales, sums, strict=True):
+        module.lora_down(x, [factor.contiguous()], x.shape[1], [scale], None, seed, dropout, s, None, context)
+    return sums
 
 
 def up(
-    s: Tensor, b: Tensor, y: Tensor, seed: Tensor | None = None, dropout: float = 0.0, accumulate: bool = True
+    s: Tensor, b: list[Tensor], y: Tensor, seed: Tensor | None = None, dropout: float = 0.0, accumulate: bool = True
 ) -> Tensor:
-    """y [M, N], which is contiguous and written to, plus (or, not `accumulate`, =) drop(s·Bᵀ) for B [N, r]."""
+    """y [M, N], which is contiguous and written to, plus (or, not `accumulate`, =) drop(s·Bᵀ); one factor [N, r]."""
     module, context = native(y)
-    module.lora_up(s, [b.contiguous()], y.shape[-1], None, seed, dropout, y, accumulate, context)
+    module.lora_up(s, [factor.contiguous() for factor in b], y.shape[-1], None, seed, dropout, y, accumulate, context)
     return y
 
 

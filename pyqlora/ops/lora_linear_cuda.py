@@ -61,10 +61,10 @@ def up(
     s: Tensor,
     b: list[Tensor],
     y: Tensor,
-    tiles: Tensor | None = None,
     seed: Tensor | None = None,
     dropout: float = 0.0,
     accumulate: bool = True,
+    tiles: Tensor | None = None,
 ) -> Tensor:
     """y [M, N], which is contiguous and written to, plus (or, not `accumulate`, =) drop(s·Bᵀ); factors [N, r]."""
     module, context = native(y)

@@ -34,7 +34,7 @@ def _by_tiles(base, x, a, b, scalings, adapters):
         local = tuple(adapter - first if adapter in there else -1 for adapter in adapters)
         tiles = kernels.tiles_of(local, len(rows) // len(adapters), x.device)
         s = kernels.down_rows(rows, a[these], scalings[these], tiles)
-        kernels.up(s, b[these], out, tiles)
+        kernels.up(s, b[these], out, tiles=tiles)
     return y
 
 

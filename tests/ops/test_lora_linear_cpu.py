@@ -91,7 +91,7 @@ def test_products_equal_float64(isa, dropout, dtype, factor):
     for m, r, k in SHAPES:
         x, a = rand(m, k, dtype=dtype), rand(r, k, dtype=factor)
         xd = dropped(x, dropout) if dropout else x.double()
-        s = kernels.down(x, a, 0.5, seed, dropout)
+        (s,) = kernels.down(x, [a], [0.5], seed, dropout)
         assert s.dtype == torch.float32
         close(s, 0.5 * xd @ a.double().T, 0.5 * xd.abs() @ a.double().abs().T, k + 2)
 
@@ -101,8 +101,8 @@ def test_products_equal_float64(isa, dropout, dtype, factor):
         y = rand(m, k, dtype=dtype)
         want = y.double() + update
         magnitude = s.double().abs() @ b.double().abs().T + y.double().abs()
-        close(kernels.up(s, b, y.clone(), seed, dropout), want, magnitude, r + 2)
-        close(kernels.up(s, b, y.clone(), seed, dropout, accumulate=False), update, magnitude, r + 2)
+        close(kernels.up(s, [b], y.clone(), seed, dropout), want, magnitude, r + 2)
+        close(kernels.up(s, [b], y.clone(), seed, dropout, accumulate=False), update, magnitude, r + 2)
 
         dy = rand(m, k, dtype=dtype)
         ds, db = kernels.backward(dy, b, s, 0.7)
@@ -125,8 +125,8 @@ def test_the_same_bits_for_any_number_of_threads(isa):
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            s = kernels.down(x, a, 1.0, SEED, 0.1)
-            results.append((s, *kernels.backward(dy, a.T, s, 1.0), kernels.up(s, a.T, dy.clone(), SEED, 0.1)))
+            (s,) = kernels.down(x, [a], [1.0], SEED, 0.1)
+            results.append((s, *kernels.backward(dy, a.T, s, 1.0), kernels.up(s, [a.T], dy.clone(), SEED, 0.1)))
     finally:
         torch.set_num_threads(before)
     for result in results[1:]:
@@ -135,8 +135,8 @@ def test_the_same_bits_for_any_number_of_threads(isa):
 
 def test_no_rows():
     x, a = torch.empty(0, 8), torch.ones(2, 8)
-    s = kernels.down(x, a, 1.0)
-    assert s.shape == (0, 2) and kernels.up(s, torch.ones(5, 2), torch.empty(0, 5)).shape == (0, 5)
+    (s,) = kernels.down(x, [a], [1.0])
+    assert s.shape == (0, 2) and kernels.up(s, [torch.ones(5, 2)], torch.empty(0, 5)).shape == (0, 5)
     assert kernels.backward_a(x, a, s, None, 0.0).eq(0).all()
 
 

@@ -105,7 +105,7 @@ def test_a_factor_gives_the_same_bits_alone_and_stacked(gpu):
 def test_up(gpu, dtype, m, rank, n, factor, dropout, accumulate):
     s, b, y = rand(m, rank, dtype=dtype), rand(n, rank, dtype=factor), rand(m, n, dtype=dtype, seed=1)
     seed = torch.tensor([SEED], device=gpu.device) if dropout else None
-    got = kernels.up(s.to(gpu.device), [b.to(gpu.device)], y.clone().to(gpu.device), None, seed, dropout, accumulate)
+    got = kernels.up(s.to(gpu.device), [b.to(gpu.device)], y.clone().to(gpu.device), seed, dropout, accumulate)
     keep = (dropped(torch.ones(m, n), dropout) if dropout else torch.ones(m, n)).double()
     want = keep * (s.double() @ b.double().T) + accumulate * y.double()
     size = s.double().abs() @ b.double().abs().T + y.double().abs()
@@ -173,7 +173,7 @@ def test_adapters_by_row(gpu, rows, dtype):
     a, b = [rand(r, k, seed=r) for r in ranks], [rand(n, r, seed=r) for r in ranks]
     tiles = kernels.tiles_of(names, rows, gpu.device)
     s = kernels.down_rows(x.to(gpu.device), [f.to(gpu.device) for f in a], [0.5, 1.0, 2.0], tiles)
-    got = kernels.up(s, [f.to(gpu.device) for f in b], y.clone().to(gpu.device), tiles)
+    got = kernels.up(s, [f.to(gpu.device) for f in b], y.clone().to(gpu.device), tiles=tiles)
     for sample, name in enumerate(names):
         at = slice(sample * rows, (sample + 1) * rows)
         if name < 0:
