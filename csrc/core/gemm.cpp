@@ -36,13 +36,20 @@ void gather(const float* lines, int64_t stride, int64_t depth, float* out) {
     for (int64_t d = 0; d < depth; ++d, lines += stride, out += kColumns) std::copy_n(lines, kColumns, out);
 }
 
-float dot(const float* x, const float* w, int64_t k) {
+template <class T>
+float dot(const float* x, const T* w, int64_t k) {
     float sum[8] = {};
     int64_t i = 0;
     for (; i + 8 <= k; i += 8)
-        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * w[i + j];
-    for (; i < k; ++i) sum[0] += x[i] * w[i];
+        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * to_float(w[i + j]);
+    for (; i < k; ++i) sum[0] += x[i] * to_float(w[i]);
     return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+template <class T>
+void products(const float* x, const void* matrix, int64_t count, int64_t k, float* out) {
+    const T* w = static_cast<const T*>(matrix);
+    for (int64_t i = 0; i < count; ++i) out[i] = dot(x, w + i * k, k);
 }
 
 template <class T>
@@ -169,7 +176,12 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
 
 }  // namespace
 
-Dot row_dot() { return PYQLORA_SELECT(dot); }
+RowProducts row_products(DType dtype) {
+    RowProducts result = nullptr;
+    dispatch_float<Half, BFloat16>(dtype,
+                                   [&](auto tag) { result = PYQLORA_SELECT(products<typename decltype(tag)::type>); });
+    return result;
+}
 
 int64_t tile_rows() { return PYQLORA_SELECT(kRows); }
 int64_t tile_columns() { return PYQLORA_SELECT(kColumns); }

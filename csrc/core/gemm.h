@@ -15,9 +15,9 @@
 
 namespace pyqlora::cpu {
 
-// The product of two rows of k values, for what is too small to be packed.
-using Dot = float (*)(const float* x, const float* y, int64_t k);
-Dot row_dot();
+// out[i] = x · row i of a matrix [count, k] of `dtype` (f32, f16 or bf16), for what is too small to be packed.
+using RowProducts = void (*)(const float* x, const void* matrix, int64_t count, int64_t k, float* out);
+RowProducts row_products(DType dtype);
 
 int64_t tile_rows();
 int64_t tile_columns();

@@ -102,13 +102,21 @@ void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
     for (; i < count; ++i) y[i] = from_float<T>(other ? c[i] + to_float(other[i]) : c[i]);
 }
 
-inline float dot(const float* x, const float* w, int64_t k) {
+template <class T>
+float dot(const float* x, const T* w, int64_t k) {
     Simd::Floats sum[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
     int64_t i = 0;
     for (; i + 4 * Simd::width <= k; i += 4 * Simd::width)
         for (int r = 0; r < 4; ++r)
             sum[r] = Simd::fma(Simd::load(w + i + Simd::width * r), Simd::load(x + i + Simd::width * r), sum[r]);
+    for (; i + Simd::width <= k; i += Simd::width) sum[0] = Simd::fma(Simd::load(w + i), Simd::load(x + i), sum[0]);
     float tail = 0;
-    for (; i < k; ++i) tail += x[i] * w[i];
+    for (; i < k; ++i) tail += x[i] * to_float(w[i]);
     return Simd::sum(Simd::add(Simd::add(sum[0], sum[1]), Simd::add(sum[2], sum[3]))) + tail;
+}
+
+template <class T>
+void products(const float* x, const void* matrix, int64_t count, int64_t k, float* out) {
+    const T* w = static_cast<const T*>(matrix);
+    for (int64_t i = 0; i < count; ++i) out[i] = dot(x, w + i * k, k);
 }

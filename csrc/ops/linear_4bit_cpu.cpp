@@ -51,17 +51,11 @@ PYQLORA_TARGET_END
 
 namespace {
 
-template <class T>
-std::unique_ptr<float[]> to_floats(const TensorRef& t) {
-    std::unique_ptr<float[]> floats(new float[t.numel]);
-    for (int64_t i = 0; i < t.numel; ++i) floats[i] = to_float(t.as<T>()[i]);
-    return floats;
-}
-
 // A tensor's values as float32: its own memory, or a copy that `owner` keeps.
 const float* as_floats(const TensorRef& t, std::unique_ptr<float[]>& owner) {
     if (!t.defined() || t.dtype == DType::f32) return t.as<float>();
-    owner = t.dtype == DType::f16 ? to_floats<Half>(t) : to_floats<BFloat16>(t);
+    owner.reset(new float[t.numel]);
+    rows_of(t, t.numel).read(0, 0, t.numel, owner.get());
     return owner.get();
 }
 
@@ -93,11 +87,10 @@ void one_row(const Linear4bitArgs& a, const BlockScale& scale, const float* x, c
 // s·Bᵀ in float32, for the sums of few rows of x to be added to.
 std::unique_ptr<float[]> low_rank_update(const Linear4bitArgs& a) {
     if (!a.b.defined()) return nullptr;
-    std::unique_ptr<float[]> s_floats, b_floats, update(new float[a.m() * a.n]);
-    const float *s = as_floats(a.s, s_floats), *b = as_floats(a.b, b_floats);
-    const Dot dot = row_dot();
-    for (int64_t i = 0; i < a.m(); ++i)
-        for (int64_t n = 0; n < a.n; ++n) update[i * a.n + n] = dot(s + i * a.rank(), b + n * a.rank(), a.rank());
+    std::unique_ptr<float[]> s_floats, update(new float[a.m() * a.n]);
+    const float* s = as_floats(a.s, s_floats);
+    const RowProducts products = row_products(a.b.dtype);
+    for (int64_t i = 0; i < a.m(); ++i) products(s + i * a.rank(), a.b.data, a.n, a.rank(), update.get() + i * a.n);
     return update;
 }
 
@@ -109,7 +102,7 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     const std::unique_ptr<float[]> update = low_rank_update(a);
     const int rows = static_cast<int>(a.m());
     const int64_t k = a.k;
-    const Dot dot = row_dot();
+    const RowProducts products = row_products(DType::f32);
     DotPacked dot_packed = nullptr;
     if (k % 32 == 0)
         dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });
@@ -128,7 +121,7 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
                 if (dot_packed)
                     dot_packed(rows, x, k, packed, scales.get(), a.blocksize, n, y);
                 else
-                    for (int i = 0; i < rows; ++i) y[i] = dot(x + i * k, row.get(), k);
+                    for (int i = 0; i < rows; ++i) products(x + i * k, row.get(), 1, k, y + i);
                 for (int i = 0; i < rows; ++i) {
                     if (bias) y[i] += bias[n];
                     if (update) y[i] += update[i * a.n + n];

@@ -96,15 +96,12 @@ void lora_dropout(const LoraDropoutArgs& a, int threads) {
 void few_rows_down(const LoraDownArgs& a) {
     const int64_t m = a.m(), k = a.a.length, rank = a.columns();
     const TensorRef& factor = a.a.factors[0];
-    const Lines rows = dropped_rows(a.x, k, a.dropout, a.scales[0]), columns = rows_of(factor, k);
-    const Dot dot = row_dot();
-    const std::unique_ptr<float[]> x(new float[(m + 1) * k]);
-    float* const converted = x.get() + m * k;
-    for (int64_t i = 0; i < m; ++i) rows.read(i, 0, k, x.get() + i * k);
-    for (int64_t r = 0; r < rank; ++r) {
-        if (!columns.plain) columns.read(r, 0, k, converted);
-        const float* line = columns.plain ? columns.plain + r * k : converted;
-        for (int64_t i = 0; i < m; ++i) a.s.as<float>()[i * rank + r] = dot(x.get() + i * k, line, k);
+    const Lines rows = dropped_rows(a.x, k, a.dropout, a.scales[0]);
+    const RowProducts products = row_products(factor.dtype);
+    const std::unique_ptr<float[]> x(new float[k]);
+    for (int64_t i = 0; i < m; ++i) {
+        rows.read(i, 0, k, x.get());
+        products(x.get(), factor.data, rank, k, a.s.as<float>() + i * rank);
     }
 }
 

@@ -10,8 +10,19 @@ from pyqlora.ops import lora_linear_cpu as kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0 >> 2])
-# rows, rank, columns: one, around a tile, around a block of 128, several blocks, deeper than a panel of 256
-SHAPES = [(1, 1, 1), (7, 3, 65), (9, 16, 64), (24, 8, 129), (33, 17, 300), (131, 64, 33), (600, 16, 40)]
+# rows, rank, columns: one, few with ranks around the registers' widths, around a tile, around a block of 128, several blocks, deeper than a panel of 256
+SHAPES = [
+    (1, 1, 1),
+    (1, 16, 576),
+    (5, 31, 96),
+    (8, 72, 40),
+    (7, 3, 65),
+    (9, 16, 64),
+    (24, 8, 129),
+    (33, 17, 300),
+    (131, 64, 33),
+    (600, 16, 40),
+]
 
 
 @pytest.fixture(params=_C.cpu.supported_isas())
