@@ -54,19 +54,20 @@ class _LoraLinear4bit(torch.autograd.Function):
             (weight[0].data_ptr(), x.shape),
             lambda: (*forward(x, a, b, bias, weight, shape, scaling, dropout, seed), seed),
         )
-        ctx.save_for_backward(x, h, a, b, seed, *weight[:5])
-        ctx.rest, ctx.shape, ctx.scaling, ctx.dropout = weight[5:], shape, scaling, dropout
+        ctx.save_for_backward(x, h, a, b, seed)
+        # The weight is constant: as saved tensors its parts would be half of what checkpointing's hooks handle.
+        ctx.weight, ctx.shape, ctx.scaling, ctx.dropout = weight, shape, scaling, dropout
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, h, a, b, seed, *scales = ctx.saved_tensors
+        x, h, a, b, seed = ctx.saved_tensors
         need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
         dx = dbias = None
         if need_x:
-            dx = linear_4bit.backward(dy, *scales, *ctx.rest, ctx.shape)
+            dx = linear_4bit.backward(dy, *ctx.weight, ctx.shape)
         dx, da, db = lora_linear.gradients(
             dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, h.dtype, need_x, need_a, need_b, dx
         )
