@@ -17,12 +17,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("finetune")(finetune.finetune)
-app.command("chat")(chat.chat)
-app.command("merge")(merge.merge)
-app.command("estimate")(estimate.estimate)
-app.command("bench")(bench.bench)
-app.command("doctor")(doctor.doctor)
+COMMANDS = {  # in a line that no terminal cuts off; a command's own --help says more
+    finetune.finetune: "Train a LoRA adapter for MODEL on DATA; without arguments, a demo.",
+    chat.chat: "Chat with MODEL in 4 bits, under any of the adapters.",
+    merge.merge: "Write MODEL with ADAPTER merged into it, as a 16-bit model.",
+    estimate.estimate: "Print the memory that fine-tuning MODEL needs, and what fits.",
+    bench.bench: "Time pyqlora beside bitsandbytes, PEFT and dense torch.",
+    doctor.doctor: "Check this installation, or an adapter.",
+}
+for command, summary in COMMANDS.items():
+    app.command(command.__name__, short_help=summary)(command)
 
 INTERRUPTED = 130
 
