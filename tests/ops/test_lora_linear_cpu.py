@@ -10,7 +10,8 @@ from pyqlora.ops import lora_linear_cpu as kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SEED = torch.tensor([0x1234_5678_9ABC_DEF0 >> 2])
-# rows, rank, columns: one, few with ranks around the registers' widths, around a tile, around a block of 128, several blocks, deeper than a panel of 256
+# rows, rank, columns: one, few with ranks around the registers' widths, around a tile, around a block of 128, several
+# blocks, deeper than a panel of 256
 SHAPES = [
     (1, 1, 1),
     (1, 16, 576),
