@@ -109,20 +109,11 @@ class LoraModel(nn.Module):
         Raises:
             NoMatchingPeftModuleError: the config selects nothing.
         """
-        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-            raise ValueError(f"adapter name {adapter_name!r}: expected one without dots that torch does not use itself")
-        if adapter_name in self.prefix:
-            warnings.warn(
-                f"Adapter name '{adapter_name}' should not be contained in the prefix '{self.prefix}'. Other programs "
-                "tell an adapter's keys by that prefix and may not find them.",
-                stacklevel=4,
-            )
+        self._check_new_name(adapter_name)
         config = self.peft_config[adapter_name]
         target_stacks(config, model)
         self._check_new_config(config)
         if config.layer_replication:
-            if len(self.peft_config) > 1:
-                raise ValueError("Cannot add another LoRA adapter when layer replication is used in any of them")
             replicate_layers(model, config.layer_replication)
         first = not any(True for _ in self.adapted())
         ties = Ties(config, model)
@@ -135,8 +126,8 @@ class LoraModel(nn.Module):
             alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
             with torch.device("meta") if low_cpu_mem_usage else nullcontext():
                 self._adapt(model, name, module, adapter_name, config, r, alpha)
-            if ties.targets:
-                tie_layers(model, ties.targets, adapter_name, config, config.r, config.lora_alpha)
+        if ties.targets:
+            tie_layers(model, ties.targets, adapter_name, config, config.r, config.lora_alpha)
         modules = [name for name, _ in targets] + ties.targets[1:]
         with torch.device("meta") if low_cpu_mem_usage else nullcontext():
             parameters = wrap_parameters(model, config, adapter_name)
@@ -156,12 +147,24 @@ class LoraModel(nn.Module):
         for parameter in trainable:
             parameter.requires_grad_(True)
 
+    def _check_new_name(self, adapter_name: str) -> None:
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(f"adapter name {adapter_name!r}: expected one without dots that torch does not use itself")
+        if adapter_name in self.prefix:
+            warnings.warn(
+                f"Adapter name '{adapter_name}' should not be contained in the prefix '{self.prefix}'. Other programs "
+                "tell an adapter's keys by that prefix and may not find them.",
+                stacklevel=5,
+            )
+
     def _check_new_config(self, config: LoraConfig) -> None:
         if len(self.peft_config) > 1 and sum(other.bias != "none" for other in self.peft_config.values()) > 1:
             raise ValueError(
                 "LoraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all "
                 "adapters."
             )
+        if config.layer_replication and len(self.peft_config) > 1:
+            raise ValueError("Cannot add another LoRA adapter when layer replication is used in any of them")
         if config.bias not in ("none", "all", "lora_only"):
             raise NotImplementedError(f"Requested bias: {config.bias}, expected 'none', 'all' or 'lora_only'")
         for name, other in self.peft_config.items():

@@ -150,3 +150,17 @@ def test_trained_tokens_of_encoder_and_decoder(kind):
         torch.testing.assert_close(merged(**given).logits, logits, rtol=1e-4, atol=1e-4)
     after = merged(input_ids=torch.tensor([[5, 6]]), decoder_input_ids=torch.tensor([[1, 7]])).logits
     assert not torch.allclose(after, before)
+
+
+def test_another_target_may_come_before_the_embedding():
+    class Reversed(Model):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = self._modules.pop("embed_tokens")  # now the last of the modules
+
+    torch.manual_seed(0)
+    adapted = get_peft_model(Reversed(), config(["linear", "embed_tokens"])).base_model.model
+    embedding = adapted.embed_tokens
+    assert torch.equal(adapted.lm_head.lora_B["default"].weight, embedding.lora_embedding_A["default"].t())
+    assert torch.equal(adapted.second.lora_embedding_A["default"], embedding.lora_embedding_A["default"])
+    assert "default" in adapted.linear.lora_A
