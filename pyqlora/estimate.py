@@ -148,10 +148,13 @@ def logits(shape: Shape, run: Run) -> int:
 
 def _of_a_layer(shape: Shape, run: Run) -> tuple[float, float]:
     """Bytes for each token that a layer keeps for its backward pass, and that this adds."""
+    widest = max((n for n, _ in shape.linears), default=0)
     kept = 2 * run.itemsize * sum(n for n, _ in shape.linears) / shape.layers
-    if run.itemsize < 4:
+    if run.on_cpu:
+        kept = max(0, kept - run.itemsize * (widest + 2 * shape.hidden))  # rms_norm and swiglu keep their inputs alone
+    elif run.itemsize < 4:
         kept += 2 * 4 * shape.hidden  # both norms of a layer keep their input in float32
-    return kept, 3 * 4 * max((n for n, _ in shape.linears), default=0)
+    return kept, 3 * 4 * widest
 
 
 def total(shape: Shape, method: str, run: Run) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pyqlora.integrations.attention import use_cpu_attention
+from pyqlora.integrations.blocks import use_cpu_blocks
 
 
 def prepare_model_for_kbit_training(
@@ -17,7 +18,7 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze the base model, checkpoint its activations and, on a CPU, train with pyqlora's attention.
+    """Freeze the base model, checkpoint its activations and, on a CPU, train with pyqlora's attention and norms.
 
     Unlike PEFT's, this changes no parameter's dtype. Float32 embeddings and output head would double the largest plain
     tensors of the model, and float32 norm weights make a half-precision model's activations float32 from there on; the
@@ -35,6 +36,7 @@ def prepare_model_for_kbit_training(
     """
     model.requires_grad_(False)
     use_cpu_attention(model)
+    use_cpu_blocks(model)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     return model

@@ -19,7 +19,7 @@ from pyqlora.rows import served_rows
 from pyqlora.variants import init_embedding
 
 
-def _is_watched(layer: nn.Module) -> bool:
+def is_watched(layer: nn.Module) -> bool:
     """Whether somebody sees the layer's call: hooks, or another forward over its own (accelerate moves weights so)."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     return bool(hooks) or "forward" in layer.__dict__
@@ -34,7 +34,7 @@ class Linear(LoraModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self._modules["base_layer"]
         plain = isinstance(base, Linear4bit) and not (args or kwargs or served_rows())
-        names = self.updating() if plain and not _is_watched(base) else ()
+        names = self.updating() if plain and not is_watched(base) else ()
         if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
             a, b, scaling = self.factors_and_scaling(names[0])
             result = base.forward_with_update(x, a, b, scaling, self.dropout_of(names[0]))

@@ -12,6 +12,8 @@ void bind_lora_linear(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_lora_linear_4bit(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_linear_cross_entropy(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_attention(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_rms_norm(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_swiglu(pybind11::module_& cpu, pybind11::module_& cuda);
 
 inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
     bind_quantize(cpu, cuda);
@@ -20,6 +22,8 @@ inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
     bind_lora_linear_4bit(cpu, cuda);
     bind_linear_cross_entropy(cpu, cuda);
     bind_attention(cpu, cuda);
+    bind_rms_norm(cpu, cuda);
+    bind_swiglu(cpu, cuda);
     bind_optim_step(cpu, cuda);
     bind_paged(cpu, cuda);
 }

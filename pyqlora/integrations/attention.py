@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqlora.ops.attention import attention, is_fast, serves
+from pyqlora.ops.attention import attention, serves
+from pyqlora.ops.backend import is_fast
 
 IMPLEMENTATION = "pyqlora_sdpa"  # the name under which transformers finds it
 _UNKNOWN = ("softcap", "position_bias", "s_aux", "output_attentions")  # arguments that change what is computed

@@ -12,24 +12,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyqlora import _C
-from pyqlora.ops.backend import is_plain, native, on_gpu
+from pyqlora.ops.backend import fast_on_cpu, native
 from pyqlora.ops.selective_checkpointing import kept
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
-
-
-def is_fast() -> bool:
-    """Whether the kernels are ahead of torch's: with the vectors of an x86 processor."""
-    return _C.cpu.isa() != "scalar"
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether `attention` takes these, and is fast."""
     tensors = (q, k, v) if mask is None else (q, k, v, mask)
     return (
-        is_fast()
-        and all(t.is_cpu and not on_gpu(t) and is_plain(t) for t in tensors)
+        fast_on_cpu(*tensors)
         and q.dtype in _FLOATS
         and q.dtype == k.dtype == v.dtype
         and q.dim() == k.dim() == v.dim() == 4

@@ -63,6 +63,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def is_fast() -> bool:
+    """Whether the CPU kernels run with the vectors of an x86 processor: those beside torch's own are slow without."""
+    return _C.cpu.isa() != "scalar"
+
+
+def fast_on_cpu(*tensors: torch.Tensor) -> bool:
+    """Whether CPU kernels serve the tensors, called directly, and are fast."""
+    return all(is_plain(t) and t.is_cpu and not on_gpu(t) for t in tensors) and is_fast()
+
+
 @contextmanager
 def override(module: Any, context: int = 0):
     """Serve every tensor from `module`: how the tests run the CUDA kernels on emulated device memory.
