@@ -124,46 +124,48 @@ struct Avx2 {
         using Regions = StateCodes::Regions;
         const Regions& regions = codes.regions;
         auto load = [](const auto* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-        const __m256i nexts = load(regions.next), lasts = load(regions.last);
-        const __m256 slopes = _mm256_loadu_ps(regions.slope), starts = _mm256_loadu_ps(regions.start);
+        const __m256i shifts =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(regions.shift)));
+        const __m256i nexts = load(regions.next), one = _mm256_set1_epi32(Regions::one);
+        const __m256 slopes = _mm256_loadu_ps(regions.slope), offset = _mm256_set1_ps(Regions::offset);
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), lowest = _mm256_set1_epi32(StateCodes::lowest);
-        const __m256 log_scale = _mm256_set1_ps(Regions::scale), log_offset = _mm256_set1_ps(Regions::offset);
+        const __m256i below_two = _mm256_set1_epi32(Regions::below_two);
         const __m256 scale = _mm256_set1_ps(sign ? -factor : factor);
         for (int64_t i = 0; i + 32 <= n; i += 32) {
             // Step by step over four registers: the chain of one is too long to leave its overlap to the processor.
-            __m256i y[4], a[4], region[4], rank[4], nearest = _mm256_set1_epi32(-1);
+            __m256i y[4], a[4], shift[4], rank[4], nearest = _mm256_set1_epi32(-1);
             for (int r = 0; r < 4; ++r) {
                 y[r] = _mm256_castps_si256(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * r), scale));
                 a[r] = _mm256_max_epi32(sign ? _mm256_and_si256(y[r], magnitude) : y[r], lowest);
             }
+            for (int r = 0; r < 4; ++r) shift[r] = _mm256_shuffle_epi8(shifts, _mm256_srli_epi32(a[r], 24));
             for (int r = 0; r < 4; ++r) {
-                const __m256 log = _mm256_fmadd_ps(_mm256_cvtepi32_ps(a[r]), log_scale, log_offset);
-                region[r] = _mm256_cvttps_epi32(log);  // or the one below
+                const __m256i next = _mm256_permutevar8x32_epi32(nexts, shift[r]);
+                shift[r] = _mm256_add_epi32(shift[r], _mm256_cmpgt_epi32(a[r], next));
             }
             for (int r = 0; r < 4; ++r) {
-                const __m256i next = _mm256_permutevar8x32_epi32(nexts, region[r]);
-                region[r] = _mm256_sub_epi32(region[r], _mm256_cmpgt_epi32(a[r], next));
-            }
-            for (int r = 0; r < 4; ++r) {
-                const __m256 slope = _mm256_permutevar8x32_ps(slopes, region[r]);
-                const __m256 start = _mm256_permutevar8x32_ps(starts, region[r]);
-                rank[r] = _mm256_cvttps_epi32(_mm256_fmadd_ps(_mm256_castsi256_ps(a[r]), slope, start));
+                const __m256 slope = _mm256_permutevar8x32_ps(slopes, shift[r]);
+                rank[r] = _mm256_castps_si256(_mm256_fmadd_ps(_mm256_castsi256_ps(a[r]), slope, offset));
                 nearest = _mm256_min_epu16(nearest, rank[r]);
             }
             for (int r = 0; r < 4; ++r) {
-                rank[r] = _mm256_min_epi32(rank[r], _mm256_permutevar8x32_epi32(lasts, region[r]));
-                rank[r] = _mm256_srli_epi32(rank[r], Regions::point);
+                rank[r] = _mm256_sub_epi32(_mm256_min_epi32(rank[r], below_two), one);
+                rank[r] = _mm256_srlv_epi32(rank[r], shift[r]);
                 if (sign) rank[r] = _mm256_sign_epi32(rank[r], y[r]);
             }
-            const __m256i low = sign ? _mm256_packs_epi32(rank[0], rank[1]) : _mm256_packus_epi32(rank[0], rank[1]);
-            const __m256i high = sign ? _mm256_packs_epi32(rank[2], rank[3]) : _mm256_packus_epi32(rank[2], rank[3]);
+            __m256i low = _mm256_packs_epi32(rank[0], rank[1]), high = _mm256_packs_epi32(rank[2], rank[3]), code;
+            if (sign) {
+                code = _mm256_packs_epi16(low, high);
+            } else {
+                const __m256i first = _mm256_set1_epi16(1);
+                code = _mm256_packus_epi16(_mm256_sub_epi16(low, first), _mm256_sub_epi16(high, first));
+            }
             // Packing works in 128-bit lanes; the permutation puts the groups of four back in order.
-            __m256i code = sign ? _mm256_packs_epi16(low, high) : _mm256_packus_epi16(low, high);
             code = _mm256_permutevar8x32_epi32(code, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
             if (sign) code = _mm256_sub_epi8(_mm256_set1_epi8(static_cast<char>(codes.zero)), code);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), code);
-            // Too near a midpoint to tell by arithmetic: about one value in two thousand.
-            const __m256i fraction = _mm256_and_si256(nearest, _mm256_set1_epi32((1 << Regions::point) - 1));
+            // Too near a midpoint to tell by arithmetic: about one value in eight thousand.
+            const __m256i fraction = _mm256_and_si256(nearest, _mm256_set1_epi32(0xffff));
             const __m256i unsure = _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * Regions::margin), fraction);
             for (unsigned left = _mm256_movemask_ps(_mm256_castsi256_ps(unsure)); left; left &= left - 1)
                 for (int64_t at = i + __builtin_ctz(left), r = 0; r < 4; ++r, at += 8) q[at] = codes(x[at] * factor);

@@ -74,17 +74,27 @@ class StateCodes {
         float slope[16] = {}, start[16] = {}, last[16] = {};  // last: the largest floor in a region, plus a half
     };
 
-    // The same in fixed point, with regions 0 and 8 in one entry: eight fit into a register of eight. The logarithm of
-    // |y|, read off its bits, guesses the region or the one below.
+    // The same for registers of eight. In decade d = 1 to 7 significand(y) runs from 1 to 2, so that its bits from the
+    // leading one on begin with the rank of |y| (on the unsigned map, one more), and shifting by 24 - d (23 - d) leaves
+    // it. Regions 0 and 8 fit the same formula with one slope. The shift tells a region, its low three bits the entry.
     struct Regions {
-        static constexpr int point = 16, margin = 1 << 4;          // margin: what the arithmetic may be off by
-        static constexpr float scale = 0x1p-23f * 0.30103f;        // log10(2)
-        static constexpr float offset = 7.4f - 127.0f * 0.30103f;  // guesses r from 0.4 * 10^(r - 7) up
-        int32_t next[8] = {};                                      // the largest float below the region after this one
-        float slope[8] = {}, start[8] = {};                        // of the rank plus the margin
-        int32_t last[8] = {};
+        static constexpr int margin = 4;       // of the significand's last digits: what the arithmetic may be off by
+        static constexpr uint32_t one = 126u << 23, below_two = 0x3fffffffu;  // one: leaves the leading one at bit 23
+        static constexpr float offset = 8.0f / 9.0f + margin * 0x1p-23f;
+        int first = 0;           // what the shift leaves above the rank
+        uint8_t shift[16] = {};  // where the fourfold range begins that |y|'s upper eight bits, modulo 16, name
+        int32_t next[8] = {};    // the largest float below the region after this one
+        float slope[8] = {};
 
-        int guess(float y) const { return static_cast<int>(static_cast<float>(bit_cast<int32_t>(y)) * scale + offset); }
+        // The rank of |y|, or -1 where it is too near a midpoint to tell.
+        int rank(float y) const {
+            const uint32_t a = std::max(bit_cast<uint32_t>(y) & 0x7fffffffu, lowest);
+            int s = shift[a >> 24 & 15];
+            s -= static_cast<int32_t>(a) > next[s & 7];
+            const auto significand = bit_cast<uint32_t>(fmaf(as_float(a), slope[s & 7], offset));
+            if ((significand & 0xffffu) < 2 * margin) return -1;
+            return std::max(static_cast<int>((std::min(significand, below_two) - one) >> s) - first, 0);
+        }
     };
 
     const float* map;
@@ -150,25 +160,34 @@ class StateCodes {
     }
 
     void fill_regions(const std::array<float, 8>& splits) {
-        constexpr float one = 1 << Regions::point;
+        const int top = sign ? 24 : 23;  // the shift of region 0
+        regions.first = 24 - top;
+        auto region = [&](uint32_t bits) {
+            return static_cast<int>(std::upper_bound(splits.begin(), splits.end(), as_float(bits)) - splits.begin());
+        };
         for (int r = 0; r < 8; ++r) {
-            regions.next[r] = bit_cast<int32_t>(splits[r]) - 1;
-            regions.slope[r] = decades.slope[r] * one;
-            regions.start[r] = decades.start[r] * one + Regions::margin;
-            regions.last[r] = static_cast<int32_t>(decades.last[r] * one);
-            const int below = regions.guess(std::nextafter(splits[r], 0.0f)), from = regions.guess(splits[r]);
-            if (below < std::max(r - 1, 0) || below > r || from < r || from > std::min(r + 1, 7)) unsupported();
+            const int entry = (top - r) & 7;
+            regions.next[entry] = bit_cast<int32_t>(splits[r]) - 1;
+            regions.slope[entry] = static_cast<float>(1 / (9 * std::pow(10.0, r - 8)));
         }
         // Region 0 has values of next to nothing, region 8 values of nearly 1.
-        if (sign) {
-            // The one cell of region 1 is stretched to its ends, and begins a float early, which may be a tie.
-            regions.slope[1] = one / (splits[1] - splits[0]);
-            regions.start[1] = one + Regions::margin - splits[0] * regions.slope[1];
-            --regions.next[0];
+        regions.slope[top & 7] = 1.0f / 9.0f + 0x1p-9f;
+        if (sign) {  // the one cell of region 1 begins a float early, which may be a tie, and is seen to be near
+            --regions.next[top & 7];
+            regions.slope[(top - 1) & 7] = 1.0f / 9.0f / splits[0];
         }
-        const float top = decades.start[8] - 0.5f;
-        regions.slope[0] = (top + 0.25f) * one;
-        regions.last[0] = static_cast<int32_t>((top + 0.5f) * one);
+        for (uint32_t bits = lowest; bits < highest; bits += 1u << 24) {
+            const int from = region(bits);
+            if (region(bits + (1u << 24) - 1) > from + 1) unsupported();
+            regions.shift[bits >> 24 & 15] = static_cast<uint8_t>(top - from);
+        }
+        for (int i = 0; i < 255; ++i) {
+            const float ends[2] = {std::nextafter(above_[i], -2.0f), above_[i]};
+            for (int side = 0; side < 2; ++side) {
+                const int rank = regions.rank(ends[side]);
+                if (rank != std::abs(i + side - zero) && rank >= 0) unsupported();
+            }
+        }
     }
 
     [[noreturn]] void unsupported() const {
