@@ -87,7 +87,7 @@ def step(rule, bits):
         names = list(state_specs(rule, param, bits))
         names += ["qmap1", "qmap2"] if bits == 8 else ["unorm_vec"]
         batch = Batch()
-        batch.add(param, grad, dict(zip(names, state, strict=True)) | {"step": 3})
+        batch.add([param], [grad], [dict(zip(names, state, strict=True)) | {"step": 3}])
         options = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "weight_decay": 0.1}
         optim_step(RULES[rule].name, batch, lr=1e-2, max_unorm=float(bits == 32), **options)
         return (param, *state)

@@ -120,7 +120,7 @@ def optimizer_batch(rule, bits, dtype):
     if rule == "lamb" and bits == 32:
         state["unorm_vec"] = torch.zeros(1)
     batch = Batch()
-    batch.add(p, g, state)
+    batch.add([p], [g], [state])
     return batch
 
 

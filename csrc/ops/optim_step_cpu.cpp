@@ -21,7 +21,6 @@ struct Chunk {
     int64_t begin, end;
 };
 constexpr int64_t kChunk = 64 * kStateBlock;
-constexpr int64_t kPart = 128;  // of a block
 static_assert(kChunk % kNormChunk == 0);
 
 // A sum in the order that optim_step.h lays down.
@@ -59,8 +58,6 @@ class Step {
     }
 
   private:
-    static constexpr bool is_float = std::is_same_v<T, float>;
-
     // State k of a tensor from element i on.
     template <class S>
     S* state(size_t t, int k, int64_t i) const {
@@ -72,55 +69,71 @@ class Step {
         return a_.absmax1[t].template as<float>() + k * ((a_.params[t].numel + kStateBlock - 1) / kStateBlock) + block;
     }
 
-    // Calls body(g, p, i, n) with up to a block of float gradients and parameters, and writes the parameters back.
-    template <class Body>
-    void for_blocks(const Chunk& c, Body body) const {
+    // Blocks of floats as they are, others in `buffer`.
+    static const float* floats(const T* x, float* buffer, int64_t n) {
+        if constexpr (std::is_same_v<T, float>) return x;
+        Isa::copy(x, buffer, n);
+        return buffer;
+    }
+
+    static void prefetch(const T* x, int64_t n) {
+        for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+    }
+
+    void step8(const Chunk& c) const {
         T* p = a_.params[c.tensor].template as<T>();
         const T* g = a_.grads[c.tensor].template as<T>();
         for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
+            alignas(64) float gradient[kStateBlock], parameter[kStateBlock], updated[kStateBlock];
+            alignas(64) float values[Rule::states][kStateBlock];
+            float* s[3];
+            for (int k = 0; k < 3; ++k) s[k] = values[std::min(k, Rule::states - 1)];
             const int64_t n = std::min(kStateBlock, c.end - i);
-            if constexpr (is_float) {
-                body(g + i, p + i, i, n);
-            } else {
-                alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
-                Isa::copy(g + i, gradient, n);
-                Isa::copy(p + i, parameter, n);
-                body(gradient, parameter, i, n);
-                Isa::copy(parameter, p + i, n);
+            auto decode = [&] {
+                for (int k = 0; k < Rule::states; ++k)
+                    Isa::decode(*codes_[k], state<uint8_t>(c.tensor, k, i), *absmax(c.tensor, k, i / kStateBlock), s[k],
+                                n);
+            };
+            prefetch(g + i, n);  // to arrive while the states are decoded
+            prefetch(p + i, n);
+            decode();
+            const float *gs = floats(g + i, gradient, n), *ps = floats(p + i, parameter, n);
+            const Rule& rule = rules_[c.tensor];
+            uint32_t largest[3] = {};
+            Isa::template apply<Update::attempt>(rule, rule.size, gs, ps, updated, s, n, largest);
+            if (*std::max_element(largest, largest + 3) > largest_finite) {
+                decode();
+                Isa::template apply<Update::step>(rule, rule.size, gs, ps, updated, s, n);
+                for (int k = 0; k < Rule::states; ++k) largest[k] = bit_cast<uint32_t>(Isa::absmax(s[k], n));
+            }
+            Isa::copy(updated, p + i, n);
+            for (int k = 0; k < Rule::states; ++k) {
+                const auto top = bit_cast<float>(largest[k]);
+                *absmax(c.tensor, k, i / kStateBlock) = top;
+                // A block too small for a normal reciprocal is stored as zeros.
+                const float factor = top >= std::numeric_limits<float>::min() ? 1.0f / top : 0.0f;
+                Isa::encode(*codes_[k], s[k], factor, state<uint8_t>(c.tensor, k, i), n);
             }
         }
     }
 
-    void step8(const Chunk& c) const {
-        const Rule& rule = rules_[c.tensor];
-        for_blocks(c, [&](const float* g, float* p, int64_t i, int64_t n) {
-            alignas(64) float values[Rule::states][kStateBlock];
-            // Part by part, so that the divisions of one overlap with the lookups of the next.
-            for (int64_t j = 0; j < n; j += kPart) {
-                const int64_t part = std::min(kPart, n - j);
-                float* s[3] = {values[0] + j, values[Rule::states > 1 ? 1 : 0] + j, values[Rule::states - 1] + j};
-                for (int k = 0; k < Rule::states; ++k)
-                    Isa::decode(*codes_[k], state<uint8_t>(c.tensor, k, i + j), *absmax(c.tensor, k, i / kStateBlock),
-                                s[k], part);
-                Isa::apply(rule, rule.size, g + j, p + j, s, part);
-            }
-            for (int k = 0; k < Rule::states; ++k) {
-                const float largest = Isa::absmax(values[k], n);
-                *absmax(c.tensor, k, i / kStateBlock) = largest;
-                // A block too small for a normal reciprocal is stored as zeros.
-                const float factor = largest >= std::numeric_limits<float>::min() ? 1.0f / largest : 0.0f;
-                Isa::encode(*codes_[k], values[k], factor, state<uint8_t>(c.tensor, k, i), n);
-            }
-        });
-    }
-
     void step32(const Chunk& c) const {
         const Rule& rule = rules_[c.tensor];
-        for_blocks(c, [&](const float* g, float* p, int64_t i, int64_t n) {
+        T* p = a_.params[c.tensor].template as<T>();
+        const T* g = a_.grads[c.tensor].template as<T>();
+        for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
+            alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
+            const int64_t n = std::min(kStateBlock, c.end - i);
             float* s[3];
             states32(c.tensor, i, s);
-            Isa::apply(rule, rule.size, g, p, s, n);
-        });
+            const float *gs = floats(g + i, gradient, n), *ps = floats(p + i, parameter, n);
+            if constexpr (std::is_same_v<T, float>) {
+                Isa::template apply<Update::step>(rule, rule.size, gs, ps, p + i, s, n);
+            } else {
+                Isa::template apply<Update::step>(rule, rule.size, gs, ps, parameter, s, n);
+                Isa::copy(parameter, p + i, n);
+            }
+        }
     }
 
     void states32(size_t t, int64_t i, float** s) const {
@@ -164,7 +177,7 @@ class Step {
                 Isa::copy(g + i, gradient, n);
                 Isa::copy(p + i, u, n);
                 parameter.add_squares(u, n);
-                Isa::template apply<true>(rules_[c.tensor], 0.0f, gradient, u, s, n);
+                Isa::template apply<Update::direction>(rules_[c.tensor], 0.0f, gradient, u, u, s, n);
                 update.add_squares(u, n);
             }
             norms[2 * (begin / kNormChunk)] = update.sum();

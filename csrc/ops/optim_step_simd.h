@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "core/cpu_features.h"
 #include "core/float16.h"
@@ -21,33 +22,53 @@ namespace {
     return bit_cast<float>((bit_cast<uint32_t>(a) & mask) | (bit_cast<uint32_t>(b) & ~mask));
 }
 
+// Magnitudes sort like their bits.
+[[gnu::always_inline]] inline uint32_t magnitude(float x) { return bit_cast<uint32_t>(x) & 0x7fffffffu; }
+constexpr uint32_t largest_finite = 0x7f7fffffu;
+
+// What an update does beside changing the states:
+enum class Update {
+    step,       // p, leaving elements alone whose states would not be finite
+    direction,  // u in the place of p, 0 for such elements, and no states
+    attempt,    // p into `to`, with no eye on such elements but in the states' largest magnitudes
+};
+
 // One loop for every rule and instruction set: the compiler vectorizes it in each of the functions that inline it.
-// With `only_direction` it leaves the states alone and puts u in the place of p.
-template <bool only_direction, class Rule>
-[[gnu::always_inline]] inline void apply_rule(const Rule& rule, float size, const float* g, float* p, float* s0,
-                                              float* s1, float* s2, int64_t n) {
+template <Update what, class Rule>
+[[gnu::always_inline]] inline void apply_rule(const Rule& rule, float size, const float* g, const float* p, float* to,
+                                              float* const* states, int64_t n, uint32_t* largest) {
+    float* const at[3] = {states[0], states[1], states[2]};
+    uint32_t tops[Rule::states] = {};
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) {
-        float* const at[3] = {s0 + i, s1 + i, s2 + i};
         float s[Rule::states];
-        for (int k = 0; k < Rule::states; ++k) s[k] = *at[k];
+        for (int k = 0; k < Rule::states; ++k) s[k] = at[k][i];
         const float gradient = Rule::coupled ? fmaf(rule.weight_decay, p[i], g[i]) : g[i];
         const float u = rule.update(gradient, s), updated = fmaf(-size, u, p[i] * rule.decay);
+        if constexpr (what == Update::attempt) {
+            to[i] = updated;
+            for (int k = 0; k < Rule::states; ++k) {
+                at[k][i] = s[k];
+                tops[k] = std::max(tops[k], magnitude(s[k]));
+            }
+            continue;
+        }
         uint32_t unfinite = 0;
-        for (int k = 0; k < Rule::states; ++k) unfinite |= (bit_cast<uint32_t>(s[k]) & 0x7fffffffu) > 0x7f7fffffu;
+        for (int k = 0; k < Rule::states; ++k) unfinite |= magnitude(s[k]) > largest_finite;
         const uint32_t keep = 0u - unfinite;
-        if constexpr (only_direction) {
-            p[i] = select(keep, 0.0f, u);
+        if constexpr (what == Update::direction) {
+            to[i] = select(keep, 0.0f, u);
         } else {
-            p[i] = select(keep, p[i], updated);
-            for (int k = 0; k < Rule::states; ++k) *at[k] = select(keep, *at[k], s[k]);
+            to[i] = select(keep, p[i], updated);
+            for (int k = 0; k < Rule::states; ++k) at[k][i] = select(keep, at[k][i], s[k]);
         }
     }
+    if constexpr (what == Update::attempt) std::copy_n(tops, Rule::states, largest);
 }
 
 [[gnu::always_inline]] inline float largest_magnitude(const float* x, int64_t n) {
-    uint32_t largest = 0;  // magnitudes sort like their bits
-    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude(x[i]));
     return bit_cast<float>(largest);
 }
 
@@ -57,9 +78,10 @@ template <class From, class To>
 }
 
 struct Scalar {
-    template <bool only_direction = false, class Rule>
-    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
-        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    template <Update what, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
+                      int64_t n, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, largest);
     }
     template <class From, class To>
     static void copy(const From* from, To* to, int64_t n) {
@@ -77,9 +99,10 @@ struct Scalar {
 #if defined(PYQLORA_X86)
 PYQLORA_TARGET(PYQLORA_AVX2)
 struct Avx2 {
-    template <bool only_direction = false, class Rule>
-    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
-        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    template <Update what, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
+                      int64_t n, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, largest);
     }
     template <class From, class To>
     static void copy(const From* from, To* to, int64_t n) {
@@ -104,9 +127,16 @@ struct Avx2 {
         const float* map = codes.map;
         int64_t i = 0;
         for (; i + 8 <= n; i += 8) {
-            const __m256 value = _mm256_setr_ps(map[q[i]], map[q[i + 1]], map[q[i + 2]], map[q[i + 3]], map[q[i + 4]],
-                                                map[q[i + 5]], map[q[i + 6]], map[q[i + 7]]);
-            _mm256_storeu_ps(x + i, _mm256_mul_ps(value, _mm256_set1_ps(absmax)));
+            uint64_t word;
+            std::memcpy(&word, q + i, 8);
+            __m128 four[2];
+            for (__m128& values : four) {
+                const float a = map[word & 255], b = map[word >> 8 & 255];
+                next_codes(word);
+                values = _mm_setr_ps(a, b, map[word & 255], map[word >> 8 & 255]);
+                next_codes(word);
+            }
+            _mm256_storeu_ps(x + i, _mm256_mul_ps(_mm256_set_m128(four[1], four[0]), _mm256_set1_ps(absmax)));
         }
         Scalar::decode(codes, q + i, absmax, x + i, n - i);
     }
@@ -117,6 +147,12 @@ struct Avx2 {
     }
 
   private:
+    // Hidden from the compiler, which would shift the whole word anew for every code.
+    static void next_codes(uint64_t& word) {
+        word >>= 16;
+        asm("" : "+r"(word));
+    }
+
     // See StateCodes::Regions. On the signed map the arithmetic gives minus the distance from zero's code, so that
     // saturation cuts 128, which the negative side does not have.
     template <bool sign>
@@ -176,9 +212,10 @@ PYQLORA_TARGET_END
 
 PYQLORA_TARGET(PYQLORA_AVX512)
 struct Avx512 : Avx2 {
-    template <bool only_direction = false, class Rule>
-    static void apply(const Rule& rule, float size, const float* g, float* p, float* const* s, int64_t n) {
-        apply_rule<only_direction>(rule, size, g, p, s[0], s[1], s[2], n);
+    template <Update what, class Rule>
+    static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
+                      int64_t n, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, largest);
     }
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
         static const auto decode64 = __builtin_cpu_supports("avx512vbmi") ? decode_bytes : decode_floats;

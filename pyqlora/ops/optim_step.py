@@ -42,7 +42,7 @@ RULES = {
 
 @dataclass
 class Batch:
-    """Tensors that are stepped together: parallel lists, of one dtype, one device and one width of state."""
+    """Tensors that are stepped together: parallel lists, of one dtype, one device and one form of state."""
 
     steps: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
@@ -55,22 +55,19 @@ class Batch:
     qmap1: Tensor | None = None
     qmap2: Tensor | None = None
 
-    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        """Append a parameter with its state, whose `step` already counts this one."""
-        self.steps.append(state["step"])
-        self.params.append(param)
-        self.grads.append(grad)
-        self.state1.append(state["state1"])
-        if "state2" in state:
-            self.state2.append(state["state2"])
-        if "absmax1" in state:
-            self.qmap1 = state["qmap1"]
-            self.absmax1.append(state["absmax1"])
-            if "absmax2" in state:
-                self.qmap2 = state["qmap2"]
-                self.absmax2.append(state["absmax2"])
-        elif "unorm_vec" in state:
-            self.unorm.append(state["unorm_vec"])
+    def add(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]) -> None:
+        """Append parameters with their states, whose `step` already counts this one."""
+        self.steps += [state["step"] for state in states]
+        self.params += params
+        self.grads += grads
+        first = states[0]
+        for key in ("state1", "state2", "absmax1", "absmax2"):
+            if key in first:
+                getattr(self, key).extend([state[key] for state in states])
+        if "absmax1" in first:
+            self.qmap1, self.qmap2 = first["qmap1"], first.get("qmap2")
+        elif "unorm_vec" in first:
+            self.unorm += [state["unorm_vec"] for state in states if "unorm_vec" in state]
 
 
 def optim_step(
@@ -120,5 +117,12 @@ def optim_step(
         max_unorm,
         context,
     )
-    for param in batch.params:
-        torch.autograd.graph.increment_version(param)  # for whoever kept it: autograd, lora_shared_cuda
+    _increment_versions(batch.params)  # for whoever kept one: autograd, lora_shared_cuda
+
+
+def _increment_versions(tensors: list[Tensor]) -> None:
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except TypeError:  # torch 2.4 takes them one by one
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)

@@ -92,24 +92,26 @@ class Optimizer8bit(torch.optim.Optimizer):
 
     def _step_together(self, entries: list[tuple[Tensor, dict, dict]], pages: Pages | None = None) -> None:
         """One native call for all parameters of equal configuration, dtype, device and width of state."""
-        batches: dict[Any, tuple[dict[str, Any], Batch]] = {}
-        copies = []
+        batches: dict[Any, tuple[dict[str, Any], list[Tensor], list[dict]]] = {}
         for p, config, state in entries:
             state["step"] += 1
             schedule = state["step"] if config.get("t_alpha") or config.get("t_beta3") else None
-            key = (p.dtype, p.device, state["state1"].dtype, id(config), schedule)
+            key = (p.dtype, p.device, "absmax1" in state, id(config), schedule)
             if key not in batches:
-                batches[key] = config, Batch()
-            contiguous = p if p.is_contiguous() else p.contiguous()
-            if contiguous is not p:
-                copies.append((p, contiguous))
+                batches[key] = config, [], []
+            _, params, states = batches[key]
+            params.append(p)
+            states.append(state)
+        for config, params, states in batches.values():
             if pages is not None:
-                state = {k: pages.on_device(v) if k in PAGED else v for k, v in state.items()}
-            batches[key][1].add(contiguous, p.grad.contiguous(), state)
-        for config, batch in batches.values():
+                states = [{k: pages.on_device(v) if k in PAGED else v for k, v in state.items()} for state in states]
+            contiguous = [p.contiguous() for p in params]
+            batch = Batch()
+            batch.add(contiguous, [p.grad.contiguous() for p in params], states)
             _step(self.optimizer_name, config, batch)
-        for p, contiguous in copies:
-            p.copy_(contiguous)
+            for p, copy in zip(params, contiguous, strict=True):
+                if not p.is_contiguous():
+                    p.copy_(copy)
 
     def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> list[tuple[Tensor, dict]]:
         """The group's parameters that have a gradient, or all, with their configurations: one object where equal."""

@@ -44,7 +44,7 @@ def make_batch(rule, bits, dtype, sizes, seed=0, steps=None):
                 state["qmap" + key[-1]] = qmap
         if rule in LIMITS and bits == 32:
             state["unorm_vec"] = torch.zeros(1)
-        batch.add(p, g, state)
+        batch.add([p], [g], [state])
     return batch
 
 
