@@ -171,6 +171,54 @@ def test_encoding_is_to_the_nearest_entry(backend, signed):
     assert torch.equal(distance.gather(1, codes.long()[:, None])[:, 0], distance.min(1).values)
 
 
+@pytest.fixture(params=[isa for isa in _C.cpu.supported_isas() if isa != "scalar"])
+def isa(request):
+    _C.cpu.set_isa(request.param)
+    yield request.param
+    _C.cpu.set_isa("")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_instruction_sets_agree_on_every_code_and_scale(isa, rule):
+    """Every code under every kind of absmax, with gradients that are none, small, large and not finite."""
+    scales = torch.tensor([0.0, 1e-45, 1e-39, 2**-126, 1e-20, 1e-3, 1.0, 1e19, 3e38])
+    gradients = torch.tensor([0.0, 1e-30, 1e-3, -2.0, 1e25, math.inf, math.nan])
+    blocks = len(scales) * len(gradients)
+
+    def make():
+        n = blocks * BLOCKSIZE - 3  # the last one is not whole
+        batch = make_batch(rule, 8, torch.float32, [n])
+        codes = torch.arange(BLOCKSIZE, dtype=torch.uint8).repeat(blocks)[:n]
+        for t in batch.state1 + batch.state2:
+            t.view(-1, n).copy_(codes.roll(7 if t is batch.state1[0] else 0))
+        for t in batch.absmax1 + batch.absmax2:
+            t.view(-1, blocks).copy_(scales.repeat_interleave(len(gradients)))
+        # Not finite in one element of a block, else in all.
+        values = gradients.repeat(len(scales)).repeat_interleave(BLOCKSIZE)[:n]
+        one = torch.arange(n) % BLOCKSIZE == 77
+        batch.grads[0].copy_(torch.where(values.isfinite() | one, values, torch.tensor(1e-2)))
+        return batch
+
+    ours, scalar = make(), make()
+    step(rule, ours)
+    _C.cpu.set_isa("scalar")
+    step(rule, scalar)
+    for got, expected in zip(tensors(ours), tensors(scalar), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_bad_gradient_changes_no_neighbour(backend):
+    def stepped(value):
+        batch = move(make_batch("adam", 8, torch.float32, [2 * BLOCKSIZE]), backend.device)
+        batch.grads[0][[5, 300]] = value
+        step("adam", batch)
+        return batch.params[0].cpu()
+
+    others = torch.ones(2 * BLOCKSIZE, dtype=torch.bool)
+    others[[5, 300]] = False
+    assert torch.equal(stepped(math.nan)[others], stepped(0.01)[others])
+
+
 @pytest.mark.parametrize("rule", ["lamb", "lars"])
 def test_norms_against_float64(backend, rule):
     """|u| to the rounding of its float32 terms."""
