@@ -74,11 +74,12 @@ class StateCodes {
         float slope[16] = {}, start[16] = {}, last[16] = {};  // last: the largest floor in a region, plus a half
     };
 
-    // The same for registers of eight. In decade d = 1 to 7 significand(y) runs from 1 to 2, so that its bits from the
-    // leading one on begin with the rank of |y| (on the unsigned map, one more), and shifting by 24 - d (23 - d) leaves
-    // it. Regions 0 and 8 fit the same formula with one slope. The shift tells a region, its low three bits the entry.
+    // The same for registers of eight. Throughout decade d = 1 to 7 the float |y| * slope + offset runs from 1 to 2,
+    // and its significand from the leading one on is the rank of |y| (on the unsigned map the rank plus one) and a
+    // fraction: a shift by 24 - d (23 - d) leaves the rank. Slopes for regions 0 and 8, which share an entry, fit the
+    // same formula. The shift stands for the region, its low three bits for the entry.
     struct Regions {
-        static constexpr int margin = 4;       // of the significand's last digits: what the arithmetic may be off by
+        static constexpr int margin = 4;  // of the significand's last digits: what the arithmetic may be off by
         static constexpr uint32_t one = 126u << 23, below_two = 0x3fffffffu;  // one: leaves the leading one at bit 23
         static constexpr float offset = 8.0f / 9.0f + margin * 0x1p-23f;
         int first = 0;           // what the shift leaves above the rank

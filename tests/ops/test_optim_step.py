@@ -261,6 +261,17 @@ def test_arguments_are_checked(backend):
         step("lamb", eight, max_unorm=1.0)
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_other_maps_are_refused(signed):
+    batch = make_batch("adam", 8, torch.float32, [300])
+    qmap = create_dynamic_map(signed)
+    qmap[200] = (qmap[200] + 3 * qmap[201]) / 4  # in order, and near enough to go unseen by a look at the ends
+    setattr(batch, "qmap1" if signed else "qmap2", qmap)
+    name = "qmap1: expected the signed" if signed else "qmap2: expected the unsigned"
+    with pytest.raises(ValueError, match=f"optim_step: {name} dynamic map of create_dynamic_map, got another"):
+        step("adam", batch)
+
+
 def test_workspace_is_checked():
     batch = make_batch("lamb", 32, torch.float32, [NORM_CHUNK + 1])
     lists = (batch.params, batch.grads, batch.state1, batch.state2, [], [], None, None, batch.unorm)
