@@ -107,13 +107,14 @@ def dequantize_4bit(
     blocksize: int | None = None,
     quant_type: str = "fp4",
 ) -> Tensor:
-    """Decode a packed tensor to `quant_state.shape` and `quant_state.dtype`.
+    """Decode a packed tensor to `quant_state.shape` and `quant_state.dtype`, or into `out` of that shape.
 
-    Without a `quant_state`, `absmax` (float32 scales) and `out` (shape and dtype of the result) are needed, and
-    `blocksize` (64) and `quant_type` count. A packed tensor given as a row `[1, bytes]` is decoded transposed.
+    `out` may be a view with gaps between its rows, as `workspace[:, :columns]`. Without a `quant_state`, `absmax`
+    (float32 scales) and `out` (shape and dtype of the result) are needed, and `blocksize` (64) and `quant_type` count.
+    A packed tensor given as a row `[1, bytes]` is decoded transposed.
 
     Raises:
-        ValueError: neither form is complete, or the tensors do not fit each other.
+        ValueError: neither form is complete, the tensors do not fit each other, or `out` has other strides.
     """
     if quant_state is None:
         if absmax is None or out is None:

@@ -275,7 +275,8 @@ def quantize_4bit(
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, out: Tensor | None = None) -> Tensor:
-    """Decode a packed tensor to `state.shape` and `state.dtype`, or into `out` of the same number of elements.
+    """Decode a packed tensor to `state.shape` and `state.dtype`, or into `out` of that shape, which may have
+    gaps between its rows, as `workspace[:, :columns]`.
 
     Raises:
         ValueError: `packed` or `out` does not fit the state.

@@ -135,8 +135,11 @@ class _Memory:
     def upload(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(self.upload(v) for v in value)
-        if not isinstance(value, torch.Tensor) or value.numel() == 0 or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor) or value.numel() == 0:
             return value
+        if not value.is_contiguous():  # with what lies between its elements
+            span = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+            return self.upload(value.as_strided((span,), (1,))).as_strided(value.shape, value.stride())
         key = value.data_ptr(), value.nbytes
         if key not in self.tensors:
             self.tensors[key] = value, self._copy(value)

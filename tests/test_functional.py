@@ -82,6 +82,19 @@ def test_forms_of_quantize_4bit(quant_type):
     assert torch.equal(F.dequantize_4bit(packed.t(), state), y.t())
 
 
+def test_dequantize_4bit_into_rows_of_a_larger_tensor():
+    x = random(12, 64)
+    packed, state = F.quantize_4bit(x, quant_type="nf4")
+    buffer = torch.zeros(12, 80)
+    out = buffer[:, :64]
+    assert F.dequantize_4bit(packed, state, out=out) is out
+    assert torch.equal(out, F.dequantize_4bit(packed, state)) and not buffer[:, 64:].any()
+    with pytest.raises(ValueError, match="dequantize_4bit: out: expected a contiguous tensor, or rows of one"):
+        F.dequantize_4bit(packed, state, out=torch.zeros(64, 12).t())
+    with pytest.raises(ValueError, match=r"out must have shape \(12, 64\), got \(12, 80\)"):
+        F.dequantize_4bit(packed, state, out=buffer)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blocksize", [64, 256, 4096])

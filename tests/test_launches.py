@@ -41,6 +41,13 @@ def dequantize_4bit(*w):
     return (quantize.dequantize_4bit_into(out, *w, 256, 64, "nf4", N * K),)
 
 
+def dequantize_rows(*w):
+    out = torch.empty((N, K), dtype=torch.bfloat16, device=w[0].device)
+    out.fill_(0)
+    quantize.dequantize_4bit_into(out[:, 1:], *w, 256, 64, "nf4", N * K, 3)
+    return (out,)
+
+
 def blockwise(x, code):
     q, absmax = quantize.quantize_blockwise(x, code, 256)
     return q, absmax, quantize.dequantize_blockwise(q, code, absmax, 256, torch.float32)
@@ -110,6 +117,7 @@ PARAMETER = normal(5000), normal(5000) * 0.01
 OPERATIONS = {  # name -> what runs, its inputs, of which the first is the one that changes
     "quantize_4bit": (quantize_4bit, (normal(N, K),)),
     "dequantize_4bit": (dequantize_4bit, weight()),
+    "dequantize_4bit, rows": (dequantize_rows, weight()),
     "blockwise": (blockwise, (normal(N, K), torch.linspace(-1, 1, 256))),
     "linear_4bit": (simt, (normal(3, K, dtype=BF16), *weight())),
     "linear_4bit_mma": (mma, (normal(9, K, dtype=BF16), normal(9, 8, dtype=BF16), normal(N, 8), *weight())),

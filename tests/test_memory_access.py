@@ -71,6 +71,17 @@ def test_dequantize_4bit(nested):
     assert ratio(totals, "device", "load") < (1.6 if nested else CLOSE)
 
 
+@pytest.mark.parametrize(("columns", "stride", "first"), [(K, K + 16, 0), (K - 4, K + 5, 3)])
+def test_dequantize_4bit_into_rows(columns, stride, first):
+    """Stores of 16 bytes also where rows begin anywhere, but at their ends."""
+    inputs, out = weight(False), torch.empty(N, stride, dtype=torch.bfloat16)[:, :columns]
+    totals = counted(lambda: quantize.dequantize_4bit_into(out, *inputs, 64, "nf4", N * K, first))
+    assert store_width(totals) == 16 and ratio(totals, "device", "store", 16) < (CLOSE if first == 0 else 1.1)
+    assert ratio(totals, "shared", "load") < CLOSE
+    # By bytes, four times the same sectors, where codes begin inside of a word.
+    assert ratio(totals, "device", "load") < (CLOSE if first == 0 else 4.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_blockwise(dtype):
     x = torch.randn(N, K, dtype=dtype)

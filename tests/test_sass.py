@@ -75,13 +75,16 @@ def test_quantize_moves_16_bytes_at_a_time(compiled):
 
 
 def test_dequantize_stays_within_its_budget(compiled, request):
-    """Instructions per weight at which memory, not issue, is the limit. A thread's tile is 32 weights."""
+    """Instructions per weight at which memory, not issue, is the limit. A thread's tile is 32 weights; the kernel for
+    rows also holds a loop for 8."""
     if not NVDISASM:
         pytest.skip("nvdisasm is not installed: pip install nvidia-cuda-nvdisasm")
     budget = 60 if "sm_75" in request.node.name else 22
     for kernel, count in instructions(compiled["quantize"][0]).items():
         if "dequantize_4bit" in kernel:
-            assert sum(n for name, n in count.items() if "." not in name) < budget * 32, kernel
+            assert sum(n for name, n in count.items() if "." not in name) < budget * (40 if "rows" in kernel else 32), (
+                kernel
+            )
 
 
 def test_optim_step_moves_16_bytes(compiled, request):

@@ -2,6 +2,9 @@
 // read through DLPack's C table where torch has one (some ten times faster), else by its attributes.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "core/dlpack.h"
 #include "core/tensor.h"
@@ -14,7 +17,7 @@ namespace pyqlora {
 // The few torch objects that the caster compares with; looked up on first use, kept for the life of the process.
 struct TorchNames {
     PyObject *f32, *f16, *bf16, *u8, *i32, *i64;
-    PyObject *data_ptr, *numel, *dtype, *is_cpu, *device, *type, *index, *is_contiguous;
+    PyObject *data_ptr, *shape, *stride, *dtype, *is_cpu, *device, *type, *index;
     PyTypeObject* tensor;
     dlpack::FromPyObject dlpack;  // or null
 
@@ -29,9 +32,8 @@ struct TorchNames {
         f32 = attr("float32"), f16 = attr("float16"), bf16 = attr("bfloat16");
         u8 = attr("uint8"), i32 = attr("int32"), i64 = attr("int64");
         auto intern = [](const char* n) { return PyUnicode_InternFromString(n); };
-        data_ptr = intern("data_ptr"), numel = intern("numel"), dtype = intern("dtype"), device = intern("device");
-        type = intern("type"), index = intern("index"), is_contiguous = intern("is_contiguous");
-        is_cpu = intern("is_cpu");
+        data_ptr = intern("data_ptr"), shape = intern("shape"), stride = intern("stride"), dtype = intern("dtype");
+        device = intern("device"), type = intern("type"), index = intern("index"), is_cpu = intern("is_cpu");
         tensor = reinterpret_cast<PyTypeObject*>(attr("Tensor"));
         dlpack = dlpack::from_py_object(torch.attr("Tensor"));
     }
@@ -44,10 +46,7 @@ inline bool read_dlpack(dlpack::FromPyObject from_py_object, PyObject* t, Tensor
         PyErr_Clear();
         return false;
     }
-    r.numel = 1, r.contiguous = true;
-    for (int i = d.ndim; i-- > 0; r.numel *= d.shape[i])
-        if (d.strides && d.shape[i] != 1 && d.strides[i] != r.numel) r.contiguous = false;
-    if (r.numel == 0) r.contiguous = true;
+    r.set_shape(d.ndim, d.shape, d.strides);
     r.data = static_cast<char*>(d.data) + d.byte_offset;
     if ((!d.data && r.numel) || d.lanes != 1) return false;
     switch (d.code << 8 | d.bits) {
@@ -89,8 +88,9 @@ inline TensorRef tensor_ref(pybind11::handle t) {
     };
     auto call = [&](PyObject* method) { return own(PyObject_CallMethodNoArgs(t.ptr(), method)); };
     r.data = reinterpret_cast<void*>(call(n.data_ptr).cast<uintptr_t>());
-    r.numel = call(n.numel).cast<int64_t>();
-    r.contiguous = call(n.is_contiguous).cast<bool>();
+    const auto sizes = py::object(own(PyObject_GetAttr(t.ptr(), n.shape))).cast<std::vector<int64_t>>();
+    const auto strides = call(n.stride).cast<std::vector<int64_t>>();
+    r.set_shape(static_cast<int>(sizes.size()), sizes.data(), strides.data());
     const py::object dtype = own(PyObject_GetAttr(t.ptr(), n.dtype));
     r.dtype = dtype.ptr() == n.f32    ? DType::f32
               : dtype.ptr() == n.f16  ? DType::f16

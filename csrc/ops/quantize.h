@@ -28,11 +28,11 @@ struct Quantize4bitArgs {
     QuantType type;
 };
 
-// Decodes elements [first, first + out.numel) of a packed tensor of `numel` elements.
+// Decodes elements [first, first + out.numel) of a packed tensor of `numel` elements into rows, gaps between or not.
 struct Dequantize4bitArgs {
     TensorRef packed;  // u8 [(numel + 1) / 2]
     Scales scales;
-    TensorRef out;  // f32, f16 or bf16
+    TensorRef out;  // f32, f16 or bf16 [rows, columns], rows `stride` apart
     int64_t numel;
     int64_t first;
     int64_t blocksize;
@@ -89,7 +89,7 @@ inline void check(const Dequantize4bitArgs& a, Device device) {
     check_blocksize(op, a.blocksize, 32);
     check_tensor(op, "packed", a.packed, device, {DType::u8}, (a.numel + 1) / 2);
     check_scales(op, a.scales, device, ceil_div(a.numel, a.blocksize));
-    check_tensor(op, "out", a.out, device, {DType::f32, DType::f16, DType::bf16});
+    check_rows(op, "out", a.out, device, {DType::f32, DType::f16, DType::bf16});
     if (a.first < 0 || a.first + a.out.numel > a.numel)
         bad_argument(op, "first", "a window inside " + std::to_string(a.numel) + " elements",
                      "[" + std::to_string(a.first) + ", " + std::to_string(a.first + a.out.numel) + ")");

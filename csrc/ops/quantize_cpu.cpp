@@ -105,9 +105,14 @@ void dequantize_4bit(const Dequantize4bitArgs& a, int threads) {
             using Q = decltype(quant);
             const auto kernel = PYQLORA_SELECT(decode<T, Q>);
             const bool stream = a.out.bytes() >= kStreamBytes;
-            parallel_for(threads, a.out.numel, 1 << 17, [&](int64_t first, int64_t last) {
-                kernel(a.packed.as<uint8_t>(), scale, a.blocksize, a.first + first, a.first + last,
-                       a.out.as<T>() + first, stream);
+            const Rows rows = a.out.rows();
+            parallel_for(threads, a.out.numel, 1 << 17, [&](int64_t begin, int64_t last) {
+                for (int64_t end; begin < last; begin = end) {
+                    const int64_t row = begin / rows.columns, column = begin % rows.columns;
+                    end = std::min(last, begin - column + rows.columns);
+                    kernel(a.packed.as<uint8_t>(), scale, a.blocksize, a.first + begin, a.first + end,
+                           a.out.as<T>() + row * rows.stride + column, stream);
+                }
             });
         });
     });

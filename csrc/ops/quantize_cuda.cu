@@ -148,42 +148,113 @@ __global__ void __launch_bounds__(kThreads)
 
 // Decoding: 256 threads take `kSteps` vectors each, so that a thread has several loads under way.
 constexpr int kDecodeThreads = 256, kSteps = 4, kDecodeStep = kDecodeThreads * kVector,
-              kDecodeTile = kDecodeStep * kSteps;
+              kDecodeVectors = kDecodeThreads * kSteps, kDecodeTile = kDecodeStep * kSteps;
 
+// Decodes this thread's vectors of a tile, the first of them at `element`, and hands over each: store(v).
+template <class Store>
+__device__ __forceinline__ void decode_tile(const uint8_t* packed, const DeviceScales& scales, const float* values,
+                                            int64_t element, int log2_blocksize, Store store) {
+    uint32_t word[kSteps];
+    DeviceScales::Stored stored[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s, element += kDecodeStep) {
+        word[s] = load_streaming(reinterpret_cast<const uint32_t*>(packed + element / 2));
+        stored[s] = scales.load(element >> log2_blocksize);
+    }
+    const float offset = scales.codes ? __ldg(scales.offset) : 0.0f;
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+        const float scale = scales.decode(stored[s], scales.nested_code, offset);
+        float v[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(values[word[s] >> 4 * (i ^ 1) & 15], scale);
+        store(v);
+    }
+}
+
+// All in one row, from 16-byte boundaries on; first: a multiple of eight.
 template <class T>
 __global__ void __launch_bounds__(kDecodeThreads)
     dequantize_4bit_kernel(const uint8_t* __restrict__ packed, DeviceScales scales, T* __restrict__ out, int64_t numel,
-                           int64_t first, int log2_blocksize, bool vectors, const __grid_constant__ Table16 table) {
+                           int64_t first, int log2_blocksize, const __grid_constant__ Table16 table) {
     PYQLORA_SHARED(float[16], values);
     if (threadIdx.x < 16) values[threadIdx.x] = table.at[threadIdx.x];
     __syncthreads();
     const int64_t tile = static_cast<int64_t>(blockIdx.x) * kDecodeTile;
-    if (vectors && tile + kDecodeTile <= numel) {
-        const int64_t base = tile + threadIdx.x * kVector;
-        uint32_t word[kSteps];
-        DeviceScales::Stored stored[kSteps];
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            const int64_t element = first + base + s * kDecodeStep;
-            word[s] = load_streaming(reinterpret_cast<const uint32_t*>(packed + element / 2));
-            stored[s] = scales.load(element >> log2_blocksize);
-        }
-        const float offset = scales.codes ? __ldg(scales.offset) : 0.0f;
-#pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-            const float scale = scales.decode(stored[s], scales.nested_code, offset);
-            float v[kVector];
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(values[word[s] >> 4 * (i ^ 1) & 15], scale);
-            store_vector(out + base + s * kDecodeStep, v);
-        }
+    if (tile + kDecodeTile <= numel) {
+        T* to = out + tile + threadIdx.x * kVector;
+        decode_tile(packed, scales, values, first + tile + threadIdx.x * kVector, log2_blocksize,
+                    [&](const float (&v)[kVector]) { store_vector(to, v), to += kDecodeStep; });
         return;
     }
 #pragma unroll 1
-    for (int64_t i = tile + threadIdx.x; i < min(tile + kDecodeTile, numel); i += kDecodeThreads) {
+    for (int64_t i = tile + threadIdx.x; i < numel; i += kDecodeThreads) {
         const int64_t element = first + i;
         const uint32_t code = packed[element / 2] >> (element % 2 ? 0 : 4) & 15;
         out[i] = from_float<T>(__fmul_rn(values[code], scales[element >> log2_blocksize]));
+    }
+}
+
+// Rows of vectors that begin at 16-byte boundaries, so that a row's first and last may lie partly outside of it.
+struct RowVectors : Rows {
+    int64_t vectors;                  // of a row
+    int64_t step_rows, step_vectors;  // from a thread's vector to its next
+    bool whole;                       // each vector is eight elements of its row, and their codes are one word
+};
+
+// How many elements lie between the last 16-byte boundary and p.
+template <class T>
+__host__ __device__ __forceinline__ int lead(const T* p) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
+}
+
+// What the other kernel leaves: gaps between rows, and beginnings anywhere.
+template <class T>
+__global__ void __launch_bounds__(kDecodeThreads)
+    dequantize_4bit_rows_kernel(const uint8_t* __restrict__ packed, DeviceScales scales, T* __restrict__ out,
+                                RowVectors rows, int64_t first, int log2_blocksize,
+                                const __grid_constant__ Table16 table) {
+    PYQLORA_SHARED(float[16], values);
+    if (threadIdx.x < 16) values[threadIdx.x] = table.at[threadIdx.x];
+    __syncthreads();
+    const int64_t tile = static_cast<int64_t>(blockIdx.x) * kDecodeVectors, index = tile + threadIdx.x;
+    int64_t row = index / rows.vectors, vector = index - row * rows.vectors;
+    const auto step = [&] {
+        row += rows.step_rows, vector += rows.step_vectors;
+        if (vector >= rows.vectors) vector -= rows.vectors, ++row;
+    };
+    if (rows.whole && tile + kDecodeVectors <= rows.count * rows.vectors) {
+        decode_tile(packed, scales, values, first + index * kVector, log2_blocksize, [&](const float (&v)[kVector]) {
+            store_vector(out + row * rows.stride + vector * kVector, v);
+            step();
+        });
+        return;
+    }
+#pragma unroll 1
+    for (int s = 0; s < kSteps && row < rows.count; ++s, step()) {
+        T* const to = out + row * rows.stride;
+        const int64_t column = vector * kVector - lead(to), element = first + row * rows.columns + column;
+        const int begin = column < 0 ? -column : 0, end = min(rows.columns - column, int64_t{kVector});
+        if (begin >= end) continue;
+        // The vector's last element may lie in the next block.
+        const int64_t block = (element + begin) >> log2_blocksize, last = (element + end - 1) >> log2_blocksize;
+        const int left = static_cast<int>((last << log2_blocksize) - element), odd = element & 1;
+        const float scale = scales[block], next = scales[last];
+        const uint8_t* const bytes = packed + (element >> 1);
+        float v[kVector];
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            const int at = min(max(i, begin), end - 1) + odd;  // without branches the loads do not wait for each other
+            v[i] = __fmul_rn(values[bytes[at >> 1] >> (at & 1 ? 0 : 4) & 15], i < left ? scale : next);
+        }
+        if (end - begin == kVector) {
+            store_vector(to + column, v);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kVector; ++i) {
+                if (i >= begin && i < end) to[column + i] = from_float<T>(v[i]);
+            }
+        }
     }
 }
 
@@ -227,13 +298,27 @@ void quantize_4bit(const Quantize4bitArgs& a, void* stream) {
 }
 
 void dequantize_4bit(const Dequantize4bitArgs& a, void* stream) {
-    const bool vectors = a.first % kVector == 0 && aligned(a.packed.data, 4) && aligned(a.out.data, 16);
+    if (a.out.numel == 0) return;
+    const DeviceScales scales(a.scales);
+    const Table16 table = a.type == QuantType::nf4 ? table16(Nf4::values) : table16(Fp4::values);
+    const bool words = a.first % kVector == 0 && aligned(a.packed.data, 4);
     dispatch_float<__half, __nv_bfloat16>(a.out.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        launch("dequantize_4bit", a.out, stream, {ceil_div(a.out.numel, kDecodeTile), kDecodeThreads},
-               dequantize_4bit_kernel<T>, a.packed.as<uint8_t>(), DeviceScales(a.scales), a.out.as<T>(), a.out.numel,
-               a.first, log2(a.blocksize), vectors,
-               a.type == QuantType::nf4 ? table16(Nf4::values) : table16(Fp4::values));
+        const uint8_t* packed = a.packed.as<uint8_t>();
+        T* out = a.out.as<T>();
+        const auto launch_one = [&](int64_t vectors, auto kernel, auto where) {
+            launch("dequantize_4bit", a.out, stream, {ceil_div(vectors, kDecodeVectors), kDecodeThreads}, kernel,
+                   packed, scales, out, where, a.first, log2(a.blocksize), table);
+        };
+        if (words && lead(out) == 0 && a.out.contiguous)
+            return launch_one(ceil_div(a.out.numel, kVector), dequantize_4bit_kernel<T>, a.out.numel);
+        constexpr int boundary = 16 / sizeof(T);
+        const Rows rows = a.out.rows();
+        const bool alike = rows.count == 1 || rows.stride % boundary == 0;  // rows have one lead
+        const int64_t vectors = ceil_div(rows.columns + (alike ? lead(out) : boundary - 1), kVector);
+        launch_one(rows.count * vectors, dequantize_4bit_rows_kernel<T>,
+                   RowVectors{rows, vectors, kDecodeThreads / vectors, kDecodeThreads % vectors,
+                              words && alike && lead(out) == 0 && rows.columns % kVector == 0});
     });
 }
 

@@ -69,7 +69,14 @@ def dequantize_4bit_into(
     numel: int,
     first: int = 0,
 ) -> Tensor:
-    """Decode elements [first, first + out.numel()) of a packed tensor of `numel` elements into `out`."""
+    """Decode elements [first, first + out.numel()) of a packed tensor of `numel` elements into `out`.
+
+    `out` (float32, float16 or bfloat16) is contiguous, or a view with gaps between its rows, as
+    `workspace[:, :columns]`; what lies in the gaps stays.
+
+    Raises:
+        ValueError: `out` has other strides, or a tensor does not fit the others.
+    """
     module, context = native(packed)
     module.dequantize_4bit(
         packed,

@@ -168,6 +168,83 @@ def test_windows(backend):
         assert equal(out.cpu(), whole[first : first + count]), (first, count)
 
 
+def check_rows(backend, dtype, nested, size, begin, first, blocksize=64):
+    """Elements from `first` on into rows of a buffer that begin at its element `begin`; size: (rows, columns, stride).
+    Nothing else of the buffer changes."""
+    count, columns, stride = size
+    n = first + count * columns + 3
+    packed, absmax = reference.quantize_4bit(weights(n, torch.float32), blocksize, "nf4")
+    scales = (absmax, None, None, None, 256)
+    if nested:
+        code, offset = cubic_map(), absmax.mean().reshape(1)
+        q, nested_absmax = reference.quantize_blockwise(absmax - offset, code, 64)
+        scales = (q, nested_absmax, code, offset, 64)
+        absmax = reference.scales(*scales)
+    whole = reference.dequantize_4bit(packed, absmax, blocksize, "nf4", [n], dtype)
+    buffer = torch.full((begin + count * stride + 9,), 7.0, dtype=dtype, device=backend.device)
+    expected = buffer.cpu().clone()
+    expected.as_strided((count, columns), (stride, 1), begin).copy_(whole[first : n - 3].view(count, columns))
+    tensors = [t.to(backend.device) if isinstance(t, torch.Tensor) else t for t in (packed, *scales)]
+    out = buffer.as_strided((count, columns), (stride, 1), begin)
+    assert ops.dequantize_4bit_into(out, *tensors, blocksize, "nf4", n, first) is out
+    assert equal(buffer.cpu(), expected), (size, begin, first, blocksize)
+
+
+ROWS = (  # (rows, columns, stride), the first row's begin, the window's
+    ((40, 256, 264), 8, 0),  # a tile of whole vectors and a part of one
+    ((40, 256, 264), 8, 72),  # a window on another block
+    ((40, 256, 264), 8, 5),  # codes that do not begin with a word
+    ((40, 256, 264), 3, 8),  # rows that do not begin at 16 bytes
+    ((40, 256, 261), 8, 8),  # each at another place
+    ((3, 8192, 9000), 0, 0),  # rows of a tile
+    ((342, 24, 32), 0, 0),  # many rows to a thread's step, which is no multiple of them
+    ((30, 100, 104), 0, 1),  # a tail in each row
+    ((30, 37, 41), 1, 63),  # everything odd
+    ((300, 8, 16), 0, 0),
+    ((90, 7, 8), 0, 0),  # no whole vector
+    ((90, 1, 2), 1, 0),
+    ((1, 8200, 8200), 5, 0),  # contiguous, but not where 16 bytes begin
+    ((1, 3, 3), 1, 9),
+)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(backend, dtype, nested):
+    """A view with gaps between its rows, as a workspace's first columns: the same bits, and the gaps stay."""
+    for size, begin, first in ROWS:
+        check_rows(backend, dtype, nested, size, begin, first)
+
+
+@given(data=st.data())
+def test_any_rows(backend, data):
+    columns = data.draw(st.integers(1, 70))
+    size = (data.draw(st.integers(1, 40)), columns, columns + data.draw(st.integers(0, 20)))
+    begin, first = data.draw(st.integers(0, 9)), data.draw(st.integers(0, 70))
+    dtype, nested = data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans())
+    check_rows(backend, dtype, nested, size, begin, first, data.draw(st.sampled_from(BLOCKSIZES)))
+
+
+def test_rows_of_more_than_two_dimensions(backend):
+    """Evenly spaced rows of any shape: a dimension of one and an empty tensor among them."""
+    packed, absmax = quantize_4bit(backend, weights(960, torch.float32), 64, "nf4")
+    arguments = [t.to(backend.device) for t in (packed, absmax)] + [None, None, None, 256, 64, "nf4", 960]
+    whole = reference.dequantize_4bit(packed, absmax, 64, "nf4", [960], torch.float16)
+    for shape, view in (
+        ((4, 3, 100), lambda t: t[..., :80]),
+        ((4, 5, 1, 80), lambda t: t[:, 1:4]),
+        ((1, 12, 1, 90), lambda t: t[..., 5:85]),
+        ((960, 2), lambda t: t[:, 1]),
+        ((12, 80), lambda t: t[:, :0]),
+    ):
+        buffer = torch.zeros(shape, dtype=torch.float16, device=backend.device)
+        expected = torch.zeros(shape, dtype=torch.float16)
+        part = view(expected)
+        part.copy_(whole[: part.numel()].view(part.shape))
+        ops.dequantize_4bit_into(view(buffer), *arguments)
+        assert equal(buffer.cpu(), expected), shape
+
+
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
@@ -256,6 +333,7 @@ def call(name, **changes):
 
 NESTED = {"absmax": torch.zeros(2, dtype=torch.uint8), "nested_absmax": torch.zeros(1)}
 NESTED |= {"nested_code": torch.zeros(256), "offset": torch.zeros(1)}
+NO_ROWS = r"out: expected a contiguous tensor, or rows of one as in buffer\[:, :columns\], got one with other strides"
 
 
 @pytest.mark.parametrize(
@@ -280,6 +358,13 @@ NESTED |= {"nested_code": torch.zeros(256), "offset": torch.zeros(1)}
         ("dequantize_4bit", NESTED | {"offset": torch.zeros(2)}, "offset: expected 1 elements, got 2"),
         ("dequantize_4bit", {"first": 1}, r"first: expected a window inside 100 elements, got \[1, 101\)"),
         ("dequantize_4bit", {"first": -1}, r"first: expected a window inside 100 elements, got \[-1, 99\)"),
+        ("dequantize_4bit", {"out": None}, "out: expected a tensor, got None"),
+        ("dequantize_4bit", {"out": torch.zeros(100).int()}, "out: expected float32 or float16 or bfloat16, got int32"),
+        ("dequantize_4bit", {"out": torch.zeros(20, 5).t()}, NO_ROWS),
+        ("dequantize_4bit", {"out": torch.zeros(20, 1).expand(20, 5)}, NO_ROWS),
+        ("dequantize_4bit", {"out": torch.zeros(5).expand(20, 5)}, NO_ROWS),
+        ("dequantize_4bit", {"out": torch.zeros(99).as_strided((20, 5), (4, 1))}, NO_ROWS),
+        ("dequantize_4bit", {"out": torch.zeros(5, 6, 7)[:, :4, :5]}, NO_ROWS),
         ("quantize_blockwise", {"blocksize": 32}, r"blocksize: expected a power of two from 64 to \d+, got 32"),
         ("quantize_blockwise", {"code": torch.zeros(16)}, "code: expected 256 elements, got 16"),
         ("quantize_blockwise", {"q": torch.zeros(99).byte()}, "q: expected 100 elements, got 99"),

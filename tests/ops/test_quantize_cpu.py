@@ -100,6 +100,20 @@ def test_windows(dtype, nested):
                 assert out[0] == 7 and out[-1] == 7
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows(dtype):
+    """Decoded into a view with gaps between its rows, on each instruction set, a result past the caches among them."""
+    for rows, columns, stride in ((70, 100, 129), (5, 4096, 4160), (3000, 3008, 3072)):
+        packed, absmax = quantize_4bit(torch.randn(rows * columns), 64, "nf4")
+        arguments = (packed, absmax, None, None, None, 64, 64, "nf4")
+        whole = dequantize_4bit(*arguments, [rows, columns], dtype)
+        for isa in _C.cpu.supported_isas() if rows < 3000 else [""]:
+            _C.cpu.set_isa(isa)
+            buffer = torch.full((rows, stride), 7.0, dtype=dtype)
+            dequantize_4bit_into(buffer[:, :columns], *arguments, rows * columns)
+            assert torch.equal(buffer[:, :columns], whole) and (buffer[:, columns:] == 7).all()
+
+
 def test_any_number_of_threads_gives_the_same_bytes():
     x = torch.randn(1 << 19)
     code = torch.linspace(-1, 1, 256)
@@ -108,7 +122,9 @@ def test_any_number_of_threads_gives_the_same_bytes():
     def everything():
         packed, absmax = quantize_4bit(x, 64, "nf4")
         out = dequantize_4bit(packed, absmax, None, None, None, 256, 64, "nf4", [x.numel()], torch.bfloat16)
-        return packed, absmax, out, *quantize_blockwise(x, code, 256)
+        rows = torch.zeros(1 << 9, 1100)
+        dequantize_4bit_into(rows[:, : 1 << 10], packed, absmax, None, None, None, 256, 64, "nf4", x.numel())
+        return packed, absmax, out, rows, *quantize_blockwise(x, code, 256)
 
     try:
         torch.set_num_threads(1)
