@@ -65,23 +65,8 @@ void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
 }  // namespace
 }  // namespace scalar
 
-#if PYQLORA_X86
-PYQLORA_TARGET(PYQLORA_AVX2)
-namespace avx2 {
-namespace {
-#include "core/gemm_simd.inl"
-}  // namespace
-}  // namespace avx2
-PYQLORA_TARGET_END
-
-PYQLORA_TARGET(PYQLORA_AVX512)
-namespace avx512 {
-namespace {
-#include "core/gemm_simd.inl"
-}  // namespace
-}  // namespace avx512
-PYQLORA_TARGET_END
-#endif
+#define PYQLORA_SIMD_SOURCE "core/gemm_simd.inl"
+#include "core/each_isa.inl"
 
 namespace {
 

@@ -31,23 +31,8 @@ constexpr int64_t kWords = 1;
 }  // namespace
 }  // namespace scalar
 
-#if PYQLORA_X86
-PYQLORA_TARGET(PYQLORA_AVX2)
-namespace avx2 {
-namespace {
-#include "ops/linear_4bit_simd.inl"
-}  // namespace
-}  // namespace avx2
-PYQLORA_TARGET_END
-
-PYQLORA_TARGET(PYQLORA_AVX512)
-namespace avx512 {
-namespace {
-#include "ops/linear_4bit_simd.inl"
-}  // namespace
-}  // namespace avx512
-PYQLORA_TARGET_END
-#endif
+#define PYQLORA_SIMD_SOURCE "ops/linear_4bit_simd.inl"
+#include "core/each_isa.inl"
 
 namespace {
 

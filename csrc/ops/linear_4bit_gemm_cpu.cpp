@@ -19,23 +19,8 @@ constexpr std::nullptr_t pack_straight = nullptr;
 }  // namespace
 }  // namespace scalar
 
-#if PYQLORA_X86
-PYQLORA_TARGET(PYQLORA_AVX2)
-namespace avx2 {
-namespace {
-#include "ops/linear_4bit_gemm.inl"
-}  // namespace
-}  // namespace avx2
-PYQLORA_TARGET_END
-
-PYQLORA_TARGET(PYQLORA_AVX512)
-namespace avx512 {
-namespace {
-#include "ops/linear_4bit_gemm.inl"
-}  // namespace
-}  // namespace avx512
-PYQLORA_TARGET_END
-#endif
+#define PYQLORA_SIMD_SOURCE "ops/linear_4bit_gemm.inl"
+#include "core/each_isa.inl"
 
 namespace {
 

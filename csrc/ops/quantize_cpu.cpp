@@ -64,23 +64,8 @@ void decode(const uint8_t* packed, const BlockScale& scale, int64_t blocksize, i
 }  // namespace
 }  // namespace scalar
 
-#if PYQLORA_X86
-PYQLORA_TARGET(PYQLORA_AVX2)
-namespace avx2 {
-namespace {
-#include "ops/quantize_simd.inl"
-}  // namespace
-}  // namespace avx2
-PYQLORA_TARGET_END
-
-PYQLORA_TARGET(PYQLORA_AVX512)
-namespace avx512 {
-namespace {
-#include "ops/quantize_simd.inl"
-}  // namespace
-}  // namespace avx512
-PYQLORA_TARGET_END
-#endif
+#define PYQLORA_SIMD_SOURCE "ops/quantize_simd.inl"
+#include "core/each_isa.inl"
 
 // From this many bytes an output is written past the caches.
 constexpr int64_t kStreamBytes = 16 << 20;
