@@ -22,7 +22,9 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         input_features: K, the columns of the weight.
         output_features: N, its rows.
         bias: add a bias.
-        compute_dtype: inputs are cast to it and results back; None computes in the dtype of the input.
+        compute_dtype: inputs are cast to it and results back; None computes in the dtype of the input. Inputs in
+            bfloat16 are computed in bfloat16 whatever it is, as in bitsandbytes: float32, the default of transformers'
+            config, would leave a GPU's tensor cores unused.
         compress_statistics: quantize the block scales too (double quantization).
         quant_type: "fp4" or "nf4".
         quant_storage: dtype whose memory holds the packed bytes.
@@ -56,6 +58,10 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         weight = self._parameters["weight"]
         return getattr(weight, "quant_storage", weight.dtype)
 
+    def _casts(self, dtype: torch.dtype) -> bool:
+        """Whether inputs of this dtype are cast."""
+        return self.compute_dtype not in (None, dtype) and dtype != torch.bfloat16
+
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x [..., K], in x's dtype.
 
@@ -64,7 +70,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         """
         state = self._state()
         dtype = x.dtype
-        if self.compute_dtype is not None and dtype != self.compute_dtype:
+        if self._casts(dtype):
             x = x.to(self.compute_dtype)
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit's would cost a microsecond for every attribute
             y = linear_4bit(
@@ -83,7 +89,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
 
         See `pyqlora.ops.lora_linear_4bit`.
         """
-        if self.compute_dtype not in (None, x.dtype) or not serves(x, a, b):
+        if self._casts(x.dtype) or not serves(x, a, b):
             return None
         state = self._state()
         with torch._C.DisableTorchFunctionSubclass():

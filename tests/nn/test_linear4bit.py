@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyqlora import nn, quant
-from pyqlora.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit
+from pyqlora.nn import Linear4bit, LinearFP4, LinearNF4, Params4bit, linear4bit
 
 
 def layer(k=64, n=48, seed=0, **kwargs):
@@ -61,6 +61,19 @@ def test_forward(dtype, compute_dtype):
     eps = max(torch.finfo(dtype).eps, torch.finfo(compute_dtype or dtype).eps)
     assert y.dtype == dtype and y.shape == (2, 3, 48)
     assert ((y - exact).abs() <= 2 * eps * (x.double().abs() @ weight.abs().t() + dense.bias.abs() + 1)).all()
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float16], ids=str)
+def test_bfloat16_is_computed_in_bfloat16(compute_dtype, monkeypatch):
+    """With transformers' default of float32 too: by the kernels for bfloat16, and in one function with an update."""
+    seen = []
+    product = linear4bit.linear_4bit
+    monkeypatch.setattr(linear4bit, "linear_4bit", lambda x, *rest: seen.append(x.dtype) or product(x, *rest))
+    made, _ = layer(compute_dtype=compute_dtype)
+    for dtype, computed in ((torch.bfloat16, torch.bfloat16), (torch.float32, compute_dtype)):
+        x, a, b = inputs(5, 64, dtype=dtype), inputs(4, 64), inputs(48, 4)
+        assert made(x).dtype == dtype and seen.pop() == computed
+        assert (made.forward_with_update(x, a, b, 1.0, 0.0) is None) == (dtype != computed)
 
 
 def test_bias_keeps_its_dtype():
