@@ -108,6 +108,7 @@ class Quantizer(HfQuantizer):
             if not any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
         ]
         _report_unquantized(model)
+        _report_slow_products(self.quantization_config, model.dtype, model.device)
         _trim_heap()
         return model
 
@@ -256,6 +257,15 @@ def _report_unquantized(model: nn.Module) -> None:
                     f"{name}.{key} {tuple(param.shape)} was not quantized: {size:.0f} MiB in {param.dtype}; "
                     "pyqlora.nn.parametrize.replace_parameter_4bit(module, name) quantizes a parameter of any shape"
                 )
+
+
+def _report_slow_products(config: transformers.BitsAndBytesConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Warn where the config's default widens what a GPU would multiply many times faster."""
+    if device.type == "cuda" and dtype == torch.float16 and config.bnb_4bit_compute_dtype == torch.float32:
+        logger.warning(
+            "The model is in float16, and bnb_4bit_compute_dtype is float32, its default: products in float32 leave "
+            "the GPU's tensor cores unused, which is slow. Pass bnb_4bit_compute_dtype=torch.float16"
+        )
 
 
 def register() -> None:

@@ -165,6 +165,18 @@ def test_missing_weights_are_said_aloud(base, tmp_path, caplog):
     assert "model.layers.1.mlp.up_proj.weight was not quantized" in caplog.text
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("compute_dtype", [None, torch.float16], ids=str)
+def test_slow_products_are_said_aloud(compute_dtype, dtype, device, caplog):
+    """Of float16 on a GPU under the config's default; bfloat16 is computed in bfloat16 whatever it says."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype)
+    with caplog.at_level("WARNING"):
+        integration._report_slow_products(config, dtype, torch.device(device))
+    slow = (compute_dtype, dtype, device) == (None, torch.float16, "cuda")
+    assert ("Pass bnb_4bit_compute_dtype=torch.float16" in caplog.text) == slow
+
+
 def test_stacked_experts_are_said_aloud_and_quantize_by_parametrization(tmp_path, caplog):
     """transformers 5 keeps a layer's experts in two tensors of three dimensions, which no linear layer replaces."""
     if not hasattr(transformers, "Qwen3MoeForCausalLM") or int(transformers.__version__.split(".")[0]) < 5:
