@@ -198,7 +198,8 @@ ROWS = (  # (rows, columns, stride), the first row's begin, the window's
     ((40, 256, 261), 8, 8),  # each at another place
     ((3, 8192, 9000), 0, 0),  # rows of a tile
     ((342, 24, 32), 0, 0),  # many rows to a thread's step, which is no multiple of them
-    ((30, 100, 104), 0, 1),  # a tail in each row
+    ((80, 100, 104), 0, 0),  # a tail in each row of a tile
+    ((30, 100, 104), 0, 1),
     ((30, 37, 41), 1, 63),  # everything odd
     ((300, 8, 16), 0, 0),
     ((90, 7, 8), 0, 0),  # no whole vector
