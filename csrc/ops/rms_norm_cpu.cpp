@@ -17,23 +17,8 @@ namespace {
 }  // namespace
 }  // namespace scalar
 
-#if PYQLORA_X86
-PYQLORA_TARGET(PYQLORA_AVX2)
-namespace avx2 {
-namespace {
-#include "ops/rms_norm_simd.inl"
-}  // namespace
-}  // namespace avx2
-PYQLORA_TARGET_END
-
-PYQLORA_TARGET(PYQLORA_AVX512)
-namespace avx512 {
-namespace {
-#include "ops/rms_norm_simd.inl"
-}  // namespace
-}  // namespace avx512
-PYQLORA_TARGET_END
-#endif
+#define PYQLORA_SIMD_SOURCE "ops/rms_norm_simd.inl"
+#include "core/each_isa.inl"
 
 namespace {
 
