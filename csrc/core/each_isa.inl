@@ -1,5 +1,6 @@
-// Includes PYQLORA_SIMD_SOURCE, functions over a `Simd` or loops that the compiler vectorizes, once for each instruction
-// set: in its namespace, beside the portable `scalar` that the including file has, and in its target region.
+// Includes PYQLORA_SIMD_SOURCE, functions over a `Simd` or loops that the compiler vectorizes, once for each
+// instruction set: in its namespace, beside the portable `scalar` that the including file has, and in its target
+// region.
 #if PYQLORA_X86
 PYQLORA_TARGET(PYQLORA_AVX2)
 namespace avx2 {
