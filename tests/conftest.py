@@ -67,6 +67,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", metafunc.config.getoption("--backend") or BACKENDS, indirect=True)
 
 
+@pytest.fixture(params=_C.cpu.supported_isas())
+def isa(request):
+    """Every instruction set that this machine has, in turn."""
+    _C.cpu.set_isa(request.param)
+    yield request.param
+    _C.cpu.set_isa("")
+
+
 @pytest.fixture
 def backend(request):
     """The same test on CPU kernels, on emulated CUDA kernels (three ways), and on a GPU."""

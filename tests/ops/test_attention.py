@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyqlora import _C
 from pyqlora.ops.attention import attention, serves
 
 # batch, heads, kv_heads, queries, keys, dim, value_dim; a block has 144 queries of one head, 72 of two, ...
@@ -19,13 +18,6 @@ SIZES = [
     (1, 6, 2, 131, 131, 64, 64),
     (1, 150, 1, 3, 3, 4, 4),
 ]
-
-
-@pytest.fixture(params=_C.cpu.supported_isas())
-def isa(request):
-    _C.cpu.set_isa(request.param)
-    yield request.param
-    _C.cpu.set_isa("")
 
 
 def inputs(sizes, dtype=torch.float32, seed=0):

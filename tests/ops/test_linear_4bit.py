@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-from pyqlora import _C
 from pyqlora.ops.linear_4bit import linear_4bit
 from pyqlora.ops.quantize import dequantize_4bit, quantize_4bit, quantize_blockwise
 
@@ -36,13 +35,6 @@ def assert_near(result, exact, magnitude, terms):
     if result.dtype != torch.float32:
         bound = bound + torch.finfo(result.dtype).eps * exact.abs() + torch.finfo(result.dtype).smallest_normal
     assert ((result.double() - exact).abs() <= bound).all()
-
-
-@pytest.fixture(params=_C.cpu.supported_isas())
-def isa(request):
-    _C.cpu.set_isa(request.param)
-    yield request.param
-    _C.cpu.set_isa("")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

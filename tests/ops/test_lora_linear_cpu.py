@@ -26,13 +26,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=_C.cpu.supported_isas())
-def isa(request):
-    _C.cpu.set_isa(request.param)
-    yield request.param
-    _C.cpu.set_isa("")
-
-
 def rand(*shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 

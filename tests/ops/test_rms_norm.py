@@ -13,13 +13,6 @@ SIZES = [(1, 1), (1, 7), (3, 8), (2, 9), (5, 16), (4, 17), (33, 31), (300, 576),
 EPS = 1e-5
 
 
-@pytest.fixture(params=_C.cpu.supported_isas())
-def isa(request):
-    _C.cpu.set_isa(request.param)
-    yield request.param
-    _C.cpu.set_isa("")
-
-
 def inputs(rows, dim, dtype=torch.float32, weight_dtype=None, seed=0):
     g = torch.Generator().manual_seed(seed)
     x, dy = torch.randn(rows, dim, generator=g).to(dtype), torch.randn(rows, dim, generator=g)

@@ -13,13 +13,6 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 7, 8, 9, 31, 1023, 1024, 1025, 20011]
 
 
-@pytest.fixture(params=_C.cpu.supported_isas())
-def isa(request):
-    _C.cpu.set_isa(request.param)
-    yield request.param
-    _C.cpu.set_isa("")
-
-
 def inputs(size, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
     gate, up, dy = (torch.randn(size, generator=g).to(dtype) for _ in range(3))
