@@ -31,10 +31,10 @@ constexpr int64_t kPieces = 8;  // that a backward pass is cut into where there 
 
 // A [batch, length, heads, dim] tensor from one row on, in `group` neighbouring heads: lines (row, head), the head
 // first.
-class Rows {
+class HeadRows {
   public:
-    Rows(const TensorRef& tensor, int64_t length, int64_t heads, int64_t dim, int64_t group, int64_t batch,
-         int64_t head, int64_t first)
+    HeadRows(const TensorRef& tensor, int64_t length, int64_t heads, int64_t dim, int64_t group, int64_t batch,
+             int64_t head, int64_t first)
         : group_(group), dim_(dim), stride_(heads * dim) {
         rows_ = tensor;
         const int64_t offset = (batch * length + first) * stride_ + head * dim;
@@ -77,11 +77,11 @@ class Block {
         while (keys && in.mask.defined() && !seen_by_any(keys - 1)) --keys;
     }
 
-    Rows of_queries(const TensorRef& t, int64_t dim) const {
+    HeadRows of_queries(const TensorRef& t, int64_t dim) const {
         return {t, s.queries, s.heads, dim, group_, batch_, kv_head_ * group_, first_};
     }
-    Lines k() const { return Rows(in_.k, s.keys, s.kv_heads, s.dim, 1, batch_, kv_head_, 0).lines(); }
-    Lines v() const { return Rows(in_.v, s.keys, s.kv_heads, s.value_dim, 1, batch_, kv_head_, 0).lines(); }
+    Lines k() const { return HeadRows(in_.k, s.keys, s.kv_heads, s.dim, 1, batch_, kv_head_, 0).lines(); }
+    Lines v() const { return HeadRows(in_.v, s.keys, s.kv_heads, s.value_dim, 1, batch_, kv_head_, 0).lines(); }
     Lines of_scores(float* scores) const { return rows_of({scores, lines * keys, DType::f32, Device::cpu}, keys); }
     float* lse(const TensorRef& t, int64_t line) const {  // [batch, heads, queries]
         return t.as<float>() + (batch_ * s.heads + head(line)) * s.queries + query(line);
@@ -169,7 +169,7 @@ void backward(const AttentionBackwardArgs& a, const Block& block, float* dk, flo
     float* const p = scratch(2 * lines * keys);
     float* const dp = p + lines * keys;
     block.score(p);
-    const Rows dout = block.of_queries(a.dout, s.value_dim), q = block.of_queries(a.in.q, s.dim);
+    const HeadRows dout = block.of_queries(a.dout, s.value_dim), q = block.of_queries(a.in.q, s.dim);
     const OnRow copy = store_to({dp, lines * keys, DType::f32, Device::cpu}, keys, nullptr);
     multiply(lines, keys, {{s.value_dim, pack_along(dout.lines()), pack_along(block.v()), copy}}, 1);
     for (int64_t i = 0; i < lines; ++i) {
@@ -181,7 +181,7 @@ void backward(const AttentionBackwardArgs& a, const Block& block, float* dk, flo
     }
     const OnRow store = block.of_queries(a.dq, s.dim).store();
     multiply(lines, s.dim, {{keys, pack_along(block.of_scores(dp)), pack_across(block.k()), store}}, 1);
-    const auto add = [&](float* sums, int64_t dim, const Rows& left, float* right) {
+    const auto add = [&](float* sums, int64_t dim, const HeadRows& left, float* right) {
         const OnRow then = add_to({sums, dim * s.keys, DType::f32, Device::cpu}, s.keys);
         multiply(dim, keys, {{lines, pack_across(left.lines()), pack_across(block.of_scores(right)), then}}, 1);
     };
@@ -194,7 +194,7 @@ void transpose(const float* sums, int64_t pieces, const AttentionSizes& s, int64
                int64_t batch, int64_t head) {
     constexpr int64_t kStep = 16;
     std::vector<float> lines(kStep * dim);
-    const OnRow store = Rows(to, s.keys, s.kv_heads, dim, 1, batch, head, 0).store();
+    const OnRow store = HeadRows(to, s.keys, s.kv_heads, dim, 1, batch, head, 0).store();
     for (int64_t first = 0; first < s.keys; first += kStep) {
         const int64_t count = std::min(kStep, s.keys - first);
         for (int64_t d = 0; d < dim; ++d) {

@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// Decoding: 256 threads take `kSteps` vectors each, so that a thread has several loads under way.
+// Decoding: 256 threads take `kSteps` vectors each, which one table in shared memory serves. A thread's loads all come
+// first below; ptxas moves a vector's down to where the one before it is stored.
 constexpr int kDecodeThreads = 256, kSteps = 4, kDecodeStep = kDecodeThreads * kVector,
               kDecodeVectors = kDecodeThreads * kSteps, kDecodeTile = kDecodeStep * kSteps;
 
