@@ -149,3 +149,22 @@ def test_growth_of_a_line_and_a_parabola():
     assert growth([5 + 3 * x for x in (1, 2, 4, 8)]) == 2
     assert growth([5 + 3 * x * x for x in (1, 2, 4, 8)]) == 4
     assert math.isnan(growth([1, 1, 1]))
+
+
+def test_llama_cpp(tmp_path):
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    import tiny_model
+
+    from pyqlora.integrations.gguf_write import write_model
+
+    (tmp_path / "benchmarks").symlink_to(emulation.ROOT / "benchmarks")
+    write_model(tiny_model.model(), tiny_model.tokenizer(), tmp_path / "tiny.gguf")
+    given = ["tiny.gguf", "--tokens", "2", "--rounds", "2", "--json", "results.json"]
+    command = [sys.executable, "-m", "benchmarks.llama_cpp", *given]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "results.json").read_text())["ms a token"]
+    assert len(samples) == 12 and {len(times) for times in samples.values()} == {2}
+    assert all(f"| {name} |" in done.stdout for name in samples)
