@@ -100,13 +100,12 @@ inline void check_kind(const char* op, const char* arg, const TensorRef& t, Devi
     if (!t.defined()) bad_argument(op, arg, "a tensor", "None");
     if (t.device != device)
         bad_argument(op, arg, std::string("a tensor on ") + name(device), std::string("one on ") + name(t.device));
-    bool ok = false;
-    std::string wanted;
     for (DType d : dtypes) {
-        ok = ok || d == t.dtype;
-        wanted += (wanted.empty() ? "" : " or ") + std::string(name(d));
+        if (d == t.dtype) return;
     }
-    if (!ok) bad_argument(op, arg, wanted, name(t.dtype));
+    std::string wanted;
+    for (DType d : dtypes) wanted += (wanted.empty() ? "" : " or ") + std::string(name(d));
+    bad_argument(op, arg, wanted, name(t.dtype));
 }
 
 // Also contiguous and, where numel >= 0, of that many elements.

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,30 +80,43 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_pages: dict[Pages | None, list[tuple[Tensor, dict, dict]]] = {}
+        by_pages: dict[Pages | None, list[tuple[dict[str, Any], list[Tensor], list[dict]]]] = {None: []}
         for group_index, group in enumerate(self.param_groups):
-            entries = [(p, config, self.state[p]) for p, config in self._configs(group_index, group)]
-            self._add_states({p: config for p, config, state in entries if "state1" not in state})
-            for entry in entries:
-                by_pages.setdefault(self._pages.get(entry[0]) if self._pages else None, []).append(entry)
-        self._step_together(by_pages.pop(None, []))
+            configs = self._configs(group_index, group, [p for p in group["params"] if p.grad is not None])
+            states = [[self.state[p] for p in params] for _, params in configs]
+            self._add_states(
+                {
+                    p: config
+                    for (config, params), some in zip(configs, states, strict=True)
+                    for p, state in zip(params, some, strict=True)
+                    if "state1" not in state
+                }
+            )
+            for (config, params), some in zip(configs, states, strict=True):
+                if self._pages:
+                    for part in _split(params, some, [self._pages.get(p) for p in params]):
+                        by_pages.setdefault(self._pages.get(part[0][0]), []).append((config, *part))
+                else:
+                    by_pages[None].append((config, params, some))
+        for alike in by_pages.pop(None):
+            self._step_together(*alike)
         for pages in in_turn(by_pages):
-            self._step_together(by_pages[pages], pages)
+            for alike in by_pages[pages]:
+                self._step_together(*alike, pages)
         return loss
 
-    def _step_together(self, entries: list[tuple[Tensor, dict, dict]], pages: Pages | None = None) -> None:
-        """One native call for all parameters of equal configuration, dtype, device and width of state."""
-        batches: dict[Any, tuple[dict[str, Any], list[Tensor], list[dict]]] = {}
-        for p, config, state in entries:
+    def _step_together(
+        self, config: dict[str, Any], params: list[Tensor], states: list[dict], pages: Pages | None = None
+    ) -> None:
+        """One native call for all parameters of equal dtype, device, width of state and, where it matters, step."""
+        for state in states:
             state["step"] += 1
-            schedule = state["step"] if config.get("t_alpha") or config.get("t_beta3") else None
-            key = (p.dtype, p.device, "absmax1" in state, id(config), schedule)
-            if key not in batches:
-                batches[key] = config, [], []
-            _, params, states = batches[key]
-            params.append(p)
-            states.append(state)
-        for config, params, states in batches.values():
+        parts = _split(params, states, [p.dtype for p in params])
+        parts = [part for some in parts for part in _split(*some, [p.device for p in some[0]])]
+        parts = [part for some in parts for part in _split(*some, ["absmax1" in state for state in some[1]])]
+        if config.get("t_alpha") or config.get("t_beta3"):
+            parts = [part for some in parts for part in _split(*some, [state["step"] for state in some[1]])]
+        for params, states in parts:
             if pages is not None:
                 states = [{k: pages.on_device(v) if k in PAGED else v for k, v in state.items()} for state in states]
             contiguous = [p.contiguous() for p in params]
@@ -110,26 +124,29 @@ class Optimizer8bit(torch.optim.Optimizer):
             batch.add(contiguous, [p.grad.contiguous() for p in params], states)
             _step(self.optimizer_name, config, batch)
             for p, copy in zip(params, contiguous, strict=True):
-                if not p.is_contiguous():
+                if p is not copy:
                     p.copy_(copy)
 
-    def _configs(self, group_index: int, group: dict[str, Any], all_params: bool = False) -> list[tuple[Tensor, dict]]:
-        """The group's parameters that have a gradient, or all, with their configurations: one object where equal."""
+    def _configs(
+        self, group_index: int, group: dict[str, Any], params: list[Tensor]
+    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Some of the group's parameters by their configurations: the group's own, and those with overrides."""
         shared = {**vars(self.args), **{key: value for key, value in group.items() if key != "params"}}
         by_id, by_index = self.mng.pid2config, self.mng.index2config
         for module, name, config in self.mng.module_weight_config_triple:
             self.mng.remember(getattr(module, name), config)
-        params = list(enumerate(group["params"]))
-        if not all_params:
-            params = [(index, p) for index, p in params if p.grad is not None]
         if not by_id and not by_index:
-            return [(p, shared) for _, p in params]
-        configs = []
-        for index, p in params:
-            overrides = {**by_index.get((group_index, index), {}), **by_id.get(id(p), {})}
-            configs.append((p, {**shared, **overrides} if overrides else shared))
-            _check_config(configs[-1][1])
-        return configs
+            return [(shared, params)] if params else []
+        indices = {id(p): index for index, p in enumerate(group["params"])}
+        plain, configs = [], []
+        for p in params:
+            overrides = {**by_index.get((group_index, indices[id(p)]), {}), **by_id.get(id(p), {})}
+            if overrides:
+                configs.append(({**shared, **overrides}, [p]))
+                _check_config(configs[-1][0])
+            else:
+                plain.append(p)
+        return [(shared, plain), *configs] if plain else configs
 
     def _add_states(self, configs: dict[Tensor, dict[str, Any]]) -> None:
         """Zero states for parameters that have none: one mapping for all of them, if they are paged."""
@@ -213,7 +230,8 @@ class Optimizer8bit(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         configs, states = {}, {}
         for group_index, group in enumerate(self.param_groups):
-            configs.update(self._configs(group_index, group, all_params=True))
+            for config, some in self._configs(group_index, group, group["params"]):
+                configs.update(dict.fromkeys(some, config))
         for index, p in zip(saved_ids, params, strict=True):
             if state_dict["state"].get(index):
                 states[p] = from_checkpoint(state_dict["state"][index], self.optimizer_name)
@@ -315,6 +333,14 @@ class Optimizer1State(Optimizer8bit):
             is_paged,
             page_dir,
         )
+
+
+def _split(params: list[Tensor], states: list[dict], values: list[Any]) -> list[tuple[list[Tensor], list[dict]]]:
+    """The parameters and their states in lists of equal value."""
+    if not values or values.count(values[0]) == len(values):
+        return [(params, states)]
+    masks = [[own == value for own in values] for value in dict.fromkeys(values)]
+    return [(list(compress(params, mask)), list(compress(states, mask))) for mask in masks]
 
 
 def _check_config(config: dict[str, Any]) -> None:
