@@ -70,10 +70,14 @@ class Step {
     }
 
     // Blocks of floats as they are, others in `buffer`.
-    static const float* floats(const T* x, float* buffer, int64_t n) {
-        if constexpr (std::is_same_v<T, float>) return x;
-        Isa::copy(x, buffer, n);
-        return buffer;
+    template <class X>  // T or const T
+    static auto* floats(X* x, float* buffer, int64_t n) {
+        if constexpr (std::is_same_v<T, float>) {
+            return x;
+        } else {
+            Isa::copy(x, buffer, n);
+            return buffer;
+        }
     }
 
     static void prefetch(const T* x, int64_t n) {
@@ -84,7 +88,7 @@ class Step {
         T* p = a_.params[c.tensor].template as<T>();
         const T* g = a_.grads[c.tensor].template as<T>();
         for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
-            alignas(64) float gradient[kStateBlock], parameter[kStateBlock], updated[kStateBlock];
+            alignas(64) float gradient[kStateBlock], parameter[kStateBlock], before[kStateBlock];
             alignas(64) float values[Rule::states][kStateBlock];
             float* s[3];
             for (int k = 0; k < 3; ++k) s[k] = values[std::min(k, Rule::states - 1)];
@@ -97,16 +101,17 @@ class Step {
             prefetch(g + i, n);  // to arrive while the states are decoded
             prefetch(p + i, n);
             decode();
-            const float *gs = floats(g + i, gradient, n), *ps = floats(p + i, parameter, n);
+            const float* gs = floats(g + i, gradient, n);
+            float* ps = floats(p + i, parameter, n);
             const Rule& rule = rules_[c.tensor];
             uint32_t largest[3] = {};
-            Isa::template apply<Update::attempt>(rule, rule.size, gs, ps, updated, s, n, largest);
+            Isa::template apply<Update::attempt>(rule, rule.size, gs, ps, ps, s, n, before, largest);
             if (*std::max_element(largest, largest + 3) > largest_finite) {
                 decode();
-                Isa::template apply<Update::step>(rule, rule.size, gs, ps, updated, s, n);
+                Isa::template apply<Update::step>(rule, rule.size, gs, before, ps, s, n);
                 for (int k = 0; k < Rule::states; ++k) largest[k] = bit_cast<uint32_t>(Isa::absmax(s[k], n));
             }
-            Isa::copy(updated, p + i, n);
+            if constexpr (!std::is_same_v<T, float>) Isa::copy(ps, p + i, n);
             for (int k = 0; k < Rule::states; ++k) {
                 const auto top = bit_cast<float>(largest[k]);
                 *absmax(c.tensor, k, i / kStateBlock) = top;

@@ -30,13 +30,14 @@ constexpr uint32_t largest_finite = 0x7f7fffffu;
 enum class Update {
     step,       // p, leaving elements alone whose states would not be finite
     direction,  // u in the place of p, 0 for such elements, and no states
-    attempt,    // p into `to`, with no eye on such elements but in the states' largest magnitudes
+    attempt,    // p, with no eye on such elements but in the states' largest magnitudes; p as it was goes to `before`
 };
 
 // One loop for every rule and instruction set: the compiler vectorizes it in each of the functions that inline it.
+// `to` may be `p`.
 template <Update what, class Rule>
 [[gnu::always_inline]] inline void apply_rule(const Rule& rule, float size, const float* g, const float* p, float* to,
-                                              float* const* states, int64_t n, uint32_t* largest) {
+                                              float* const* states, int64_t n, float* before, uint32_t* largest) {
     float* const at[3] = {states[0], states[1], states[2]};
     uint32_t tops[Rule::states] = {};
 #pragma GCC ivdep
@@ -46,6 +47,7 @@ template <Update what, class Rule>
         const float gradient = Rule::coupled ? fmaf(rule.weight_decay, p[i], g[i]) : g[i];
         const float u = rule.update(gradient, s), updated = fmaf(-size, u, p[i] * rule.decay);
         if constexpr (what == Update::attempt) {
+            before[i] = p[i];
             to[i] = updated;
             for (int k = 0; k < Rule::states; ++k) {
                 at[k][i] = s[k];
@@ -80,8 +82,8 @@ template <class From, class To>
 struct Scalar {
     template <Update what, class Rule>
     static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
-                      int64_t n, uint32_t* largest = nullptr) {
-        apply_rule<what>(rule, size, g, p, to, s, n, largest);
+                      int64_t n, float* before = nullptr, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, before, largest);
     }
     template <class From, class To>
     static void copy(const From* from, To* to, int64_t n) {
@@ -101,8 +103,8 @@ PYQLORA_TARGET(PYQLORA_AVX2)
 struct Avx2 {
     template <Update what, class Rule>
     static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
-                      int64_t n, uint32_t* largest = nullptr) {
-        apply_rule<what>(rule, size, g, p, to, s, n, largest);
+                      int64_t n, float* before = nullptr, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, before, largest);
     }
     template <class From, class To>
     static void copy(const From* from, To* to, int64_t n) {
@@ -214,8 +216,8 @@ PYQLORA_TARGET(PYQLORA_AVX512)
 struct Avx512 : Avx2 {
     template <Update what, class Rule>
     static void apply(const Rule& rule, float size, const float* g, const float* p, float* to, float* const* s,
-                      int64_t n, uint32_t* largest = nullptr) {
-        apply_rule<what>(rule, size, g, p, to, s, n, largest);
+                      int64_t n, float* before = nullptr, uint32_t* largest = nullptr) {
+        apply_rule<what>(rule, size, g, p, to, s, n, before, largest);
     }
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
         static const auto decode64 = __builtin_cpu_supports("avx512vbmi") ? decode_bytes : decode_floats;
