@@ -132,8 +132,8 @@ def activations(shape: Shape, run: Run) -> int:
     if run.checkpointing == "none":
         return int(run.tokens * (shape.layers * kept + within))
     values = shape.layers * shape.hidden
-    if run.checkpointing == "selective":  # attention's output is about as wide as its projection's
-        values += sum(n for n, _ in shape.linears) + shape.layers * shape.hidden
+    if run.checkpointing == "selective":  # attention's output in the place of the last layer's, which does not stay
+        values += sum(n for n, _ in shape.linears)
     return int(run.tokens * (values * run.itemsize + kept + within))
 
 

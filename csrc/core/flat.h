@@ -22,19 +22,16 @@ class Reader {
 
 class Writer {
   public:
-    explicit Writer(const TensorRef& tensor)
-        : plain_(tensor.dtype == DType::f32 ? tensor.as<float>() : nullptr),
-          store_(store_to(tensor, tensor.numel, nullptr)) {}
+    explicit Writer(const TensorRef& tensor) : store_(store_to(tensor, tensor.numel)) {}
 
     // Where to put elements from `first` on; done() ends it.
-    float* at(int64_t first, float* buffer) const { return plain_ ? plain_ + first : buffer; }
+    float* at(int64_t first, float* buffer) const { return store_.plain ? store_.plain + first : buffer; }
     void done(int64_t first, int64_t count, float* buffer) const {
-        if (!plain_) store_(0, first, count, buffer);
+        if (!store_.plain) store_.row(0, first, count, buffer);
     }
 
   private:
-    float* plain_;
-    OnRow store_;
+    Then store_;
 };
 
 }  // namespace pyqlora::cpu

@@ -18,11 +18,12 @@ namespace {
 
 constexpr int64_t kRows = 4, kColumns = 8;
 
-void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+template <bool across>
+void tile(int64_t depth, const float* a, int64_t line, const float* b, float* c, int64_t stride, bool add) {
     float sum[kRows][kColumns] = {};
-    for (int64_t d = 0; d < depth; ++d, a += kRows, b += kColumns)
+    for (int64_t d = 0; d < depth; ++d, b += kColumns)
         for (int r = 0; r < kRows; ++r)
-            for (int i = 0; i < kColumns; ++i) sum[r][i] += a[r] * b[i];
+            for (int i = 0; i < kColumns; ++i) sum[r][i] += a[across ? d * line + r : r * line + d] * b[i];
     for (int r = 0; r < kRows; ++r, c += stride)
         for (int i = 0; i < kColumns; ++i) c[i] = add ? c[i] + sum[r][i] : sum[r][i];
 }
@@ -99,27 +100,91 @@ class Workspace {
 
 int64_t round_up(int64_t x, int64_t step) { return ceil_div(x, step) * step; }
 
+// A term's strips of rows [first, first + count) in memory.
+class Placed {
+  public:
+    // What is not read in place is written to `out`, which has room for floats_for().
+    Placed(const Term& term, int64_t first, int64_t count, float* out, int threads)
+        : across(term.a.across), width_(tile_rows()), in_place_(in_place(term, count)) {
+        const Lines& lines = term.a.lines;
+        const int64_t begin = first + in_place_ * width_, end = first + count;  // of the rows that are copied
+        if (begin < end)
+            across ? copy_across(term, begin, end, out, threads) : copy_along(term, begin, end, out, threads);
+        at_ = lines.plain + first * (across ? 1 : lines.stride);
+        line_ = lines.stride;
+    }
+
+    static int64_t floats_for(const Term& term, int64_t count) {
+        const int64_t rows = round_up(count, tile_rows()) - in_place(term, count) * tile_rows();
+        return rows ? (term.a.across ? rows + kReadStep : rows) * term.depth : 0;
+    }
+
+    // A strip from this step of the depth on, and how far apart its lines are.
+    const float* strip(int64_t s, int64_t depth) const {
+        const bool own = s >= in_place_;
+        const int64_t row = (own ? s - in_place_ : s) * width_, line = own ? copied_line_ : line_;
+        return (own ? copied_ : at_) + row * (across ? 1 : line) + depth * (across ? line : 1);
+    }
+    int64_t line(int64_t s) const { return s < in_place_ ? line_ : copied_line_; }
+
+    const bool across;
+
+  private:
+    // How many strips are read in place: those with all rows, if any.
+    static int64_t in_place(const Term& term, int64_t count) { return term.a.lines.plain ? count / tile_rows() : 0; }
+
+    void copy_along(const Term& term, int64_t begin, int64_t end, float* out, int threads) {
+        const int64_t depth = term.depth, rows = round_up(end - begin, width_);
+        parallel_for(threads, rows, std::max<int64_t>(1, (1 << 14) / (depth + 1)), [&](int64_t i, int64_t stop) {
+            for (; i < stop; ++i)
+                if (begin + i < end)
+                    term.a.lines.read(begin + i, 0, depth, out + i * depth);
+                else
+                    std::fill_n(out + i * depth, depth, 0.0f);
+        });
+        copied_ = out;
+        copied_line_ = depth;
+    }
+
+    void copy_across(const Term& term, int64_t begin, int64_t end, float* out, int threads) {
+        const int64_t before = begin % kReadStep, count = before + end - begin;
+        const int64_t line = before + round_up(end - begin, width_);
+        parallel_for(threads, term.depth, std::max<int64_t>(1, (1 << 14) / line), [&](int64_t d, int64_t stop) {
+            for (; d < stop; ++d) {
+                term.a.lines.read(d, begin - before, count, out + d * line);
+                std::fill_n(out + d * line + count, line - count, 0.0f);
+            }
+        });
+        copied_ = out + before;
+        copied_line_ = line;
+    }
+
+    int64_t width_, in_place_;
+    const float *at_, *copied_ = nullptr;
+    int64_t line_, copied_line_ = 0;
+};
+
 // Rows [first, first + count) of C.
 void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Term>& terms, int threads) {
-    const auto tile = PYQLORA_SELECT(tile);
+    constexpr int64_t kAlias = 1024;  // rows so many floats apart share a few sets of the caches
+    const auto tile_across = PYQLORA_SELECT(tile<true>), tile_along = PYQLORA_SELECT(tile<false>);
     const int64_t width = tile_rows(), columns = tile_columns(), strips = ceil_div(count, width);
-    int64_t depths = 0, deepest = 0;
+    int64_t floats = 0, deepest = 0;
     for (const Term& t : terms) {
-        depths += t.depth;
+        floats += Placed::floats_for(t, count);
         deepest = std::max(deepest, std::min(t.depth, kDepth));
     }
-    // The strips of all terms, one term after the other.
     static thread_local Workspace shared;
-    float* const packed = shared.floats(strips * width * depths);
-    for (int64_t t = 0, done = 0; t < static_cast<int64_t>(terms.size()); done += terms[t++].depth) {
-        const int64_t depth = terms[t].depth;
-        float* const out = packed + strips * width * done;
-        parallel_for(
-            threads, strips, std::max<int64_t>(1, (1 << 14) / (width * depth + 1)), [&](int64_t s, int64_t end) {
-                const int64_t row = s * width;
-                terms[t].a({first + row, std::min(end * width, count) - row, 0, depth, width}, out + row * depth);
-            });
+    float* out = shared.floats(floats);
+    std::vector<Placed> placed;
+    bool changed = false;  // on the way
+    for (const Term& t : terms) {
+        placed.emplace_back(t, first, count, out, threads);
+        out += Placed::floats_for(t, count);
+        changed |= t.then.row && &t != &terms.back();
     }
+    const Then& last = terms.back().then;
+    const bool direct = last.plain && last.stride % kAlias && !(last.adds && changed);
     // Work is shared out by blocks of columns and, where those are too few, by parts of the rows.
     const int64_t blocks = ceil_div(n, kBlock);
     const int64_t parts = threads > 1 ? std::clamp<int64_t>(2 * threads / blocks, 1, ceil_div(strips, 8)) : 1;
@@ -132,10 +197,17 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
         for (; job < end; ++job) {
             const int64_t left = job % blocks * kBlock, here = std::min(kBlock, n - left);
             const int64_t begin = job / blocks * part_strips, stop = std::min(begin + part_strips, strips);
-            const int64_t rows = std::min(stop * width, count) - begin * width;
+            const int64_t rows = std::min(stop * width, count);  // their end
+            // Strips from `begin` to here are summed up where they are to stay.
+            const int64_t to_stay = direct && here % columns == 0 ? std::min(stop, count / width) : begin;
+            auto sums = [&](int64_t row) {
+                return row < to_stay * width ? last.plain + (first + row) * last.stride + left
+                                             : c + (row - begin * width) * wide;
+            };
             bool add = false;
-            int64_t done = 0;
-            for (const Term& term : terms) {
+            for (size_t t = 0; t < terms.size(); ++t) {
+                const Term& term = terms[t];
+                const Placed& a = placed[t];
                 const int64_t slices = std::max<int64_t>(1, ceil_div(term.depth, kDepth));
                 const int64_t step = round_up(ceil_div(term.depth, slices), kReadStep);
                 int64_t from = 0;
@@ -146,14 +218,15 @@ void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Te
                     for (int64_t s = begin; s < stop; s += group)
                         for (int64_t j = 0; j < here; j += columns)
                             for (int64_t i = s; i < std::min(s + group, stop); ++i)
-                                tile(depth, packed + (strips * done + i * term.depth + from) * width,
-                                     panels + j * depth, c + (i - begin) * width * wide + j, wide, add);
+                                (a.across ? tile_across : tile_along)(
+                                    depth, a.strip(i, from), a.line(i), panels + j * depth, sums(i * width) + j,
+                                    i < to_stay ? last.stride : wide, add || (i < to_stay && last.adds));
                     from += step;
                     add = true;
                 } while (from < term.depth);
-                if (term.then)
-                    for (int64_t i = 0; i < rows; ++i) term.then(first + begin * width + i, left, here, c + i * wide);
-                done += term.depth;
+                if (!term.then.row) continue;
+                for (int64_t i = width * (&term == &terms.back() ? to_stay : begin); i < rows; ++i)
+                    term.then.row(first + i, left, here, sums(i));
             }
         }
     });
@@ -175,17 +248,16 @@ Pack pack_along(Lines lines) {
     return [lines = std::move(lines), interleave = PYQLORA_SELECT(interleave)](const Slab& slab, float* out) {
         constexpr int64_t kWidest = 32;
         alignas(64) float staged[kWidest * kReadStep];
-        const int64_t filled = round_up(slab.width, 8);
         for (int64_t line = 0; line < slab.count; line += slab.width, out += slab.width * slab.depth) {
+            const int64_t here = std::min(slab.width, slab.count - line);
             int64_t d = 0;
-            if (lines.plain && line + filled <= slab.count) {
+            if (lines.plain && here == slab.width) {
                 d = slab.depth / 8 * 8;
                 const float* first = lines.plain + (slab.first + line) * lines.stride + slab.from;
                 interleave(first, lines.stride, slab.width, d, out);
             }
-            const int64_t here = std::min(slab.width, slab.count - line);
-            // Lines that are not there are zero, also those that fill up the last eight.
-            if (d < slab.depth) std::fill_n(staged + here * kReadStep, (filled - here) * kReadStep, 0.0f);
+            // Lines that are not there are zero.
+            if (d < slab.depth) std::fill_n(staged + here * kReadStep, (slab.width - here) * kReadStep, 0.0f);
             for (; d < slab.depth; d += kReadStep) {
                 const int64_t steps = std::min(kReadStep, slab.depth - d);
                 for (int64_t i = 0; i < here; ++i)
@@ -201,7 +273,7 @@ Pack pack_across(Lines lines) {
         constexpr int64_t kStep = 4 * kReadStep;
         alignas(64) float staged[kStep + 32] = {};
         int64_t column = 0;
-        if (lines.plain && slab.width == tile_columns())
+        if (lines.plain)
             for (; column + slab.width <= slab.count; column += slab.width)
                 gather(lines.plain + slab.from * lines.stride + slab.first + column, lines.stride, slab.depth,
                        out + column * slab.depth);
@@ -243,24 +315,29 @@ void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads)
         multiply_rows(first, std::min(chunk, m - first), n, terms, threads);
 }
 
-OnRow store_to(const TensorRef& matrix, int64_t columns, const float* bias) {
-    OnRow store;
+Then store_to(const TensorRef& matrix, int64_t columns, const float* bias) {
+    Then store;
     dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto add = PYQLORA_SELECT(add_rounded<T, float>);
-        store = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
+        store.row = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
             add(c, bias ? bias + first : nullptr, count, y + row * columns + first);
         };
     });
+    if (matrix.dtype == DType::f32 && !bias) {
+        store.plain = matrix.as<float>();
+        store.stride = columns;
+    }
     return store;
 }
 
-OnRow add_to(const TensorRef& matrix, int64_t columns) {
-    OnRow store;
+Then add_to(const TensorRef& matrix, int64_t columns) {
+    Then store = store_to(matrix, columns);
+    store.adds = true;
     dispatch_float<Half, BFloat16>(matrix.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto add = PYQLORA_SELECT(add_rounded<T, T>);
-        store = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
+        store.row = [=, y = matrix.as<T>()](int64_t row, int64_t first, int64_t count, float* c) {
             add(c, y + row * columns + first, count, y + row * columns + first);
         };
     });

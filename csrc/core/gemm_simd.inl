@@ -3,16 +3,22 @@
 
 constexpr int64_t kRows = Simd::tile_rows, kColumns = 2 * Simd::width;
 
-// c [kRows, kColumns] = (or +=) strip · panel.
-inline void tile(int64_t depth, const float* a, const float* b, float* c, int64_t stride, bool add) {
+// c [kRows, kColumns] = (or +=) strip · panel. The strip's lines, `line` apart, are its rows or, across, the depth's
+// steps.
+template <bool across>
+inline void tile(int64_t depth, const float* a, int64_t line, const float* b, float* c, int64_t stride, bool add) {
     Simd::Floats sum[kRows][2];
+    const float* at[kRows];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Simd::zero();
-    for (int64_t d = 0; d < depth; ++d, a += kRows, b += kColumns) {
+    for (int r = 0; r < kRows; ++r) {
+        sum[r][0] = sum[r][1] = Simd::zero();
+        at[r] = across ? a + r : a + r * line;
+    }
+    for (int64_t d = 0; d < depth; ++d, b += kColumns) {
         const Simd::Floats left = Simd::load(b), right = Simd::load(b + Simd::width);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const Simd::Floats x = Simd::set(a[r]);
+            const Simd::Floats x = Simd::set(at[r][across ? d * line : d]);
             sum[r][0] = Simd::fma(x, left, sum[r][0]);
             sum[r][1] = Simd::fma(x, right, sum[r][1]);
         }
@@ -48,29 +54,15 @@ inline void transpose8(const float* in, int64_t stride, __m256* out) {
     }
 }
 
-// `width` lines, `stride` apart, of `depth` values each, to [depth][width]; width is even, and there are lines to read
-// (not to write) up to a multiple of 8, of a length that is one too.
+// `width` lines, `stride` apart, of `depth` values each, to [depth][width]. width is a multiple of 8, and lines can be
+// read up to a multiple of 8.
 inline void interleave(const float* lines, int64_t stride, int64_t width, int64_t depth, float* out) {
     for (int64_t d = 0; d < depth; d += 8) {
         const int64_t steps = std::min<int64_t>(8, depth - d);
         for (int64_t line = 0; line < width; line += 8) {
             __m256 columns[8];
             transpose8(lines + line * stride + d, stride, columns);
-            float* to = out + d * width + line;
-            for (int64_t i = 0; i < steps; ++i, to += width) {
-                if (width - line >= 8) {
-                    _mm256_storeu_ps(to, columns[i]);
-                    continue;
-                }
-                int64_t done = 0;
-                __m128 rest = _mm256_castps256_ps128(columns[i]);
-                if (width - line >= 4) {
-                    _mm_storeu_ps(to, rest);
-                    rest = _mm256_extractf128_ps(columns[i], 1);
-                    done = 4;
-                }
-                if (width - line > done) _mm_storel_pi(reinterpret_cast<__m64*>(to + done), rest);
-            }
+            for (int64_t i = 0; i < steps; ++i) _mm256_storeu_ps(out + (d + i) * width + line, columns[i]);
         }
     }
 }

@@ -50,7 +50,7 @@ class HeadRows {
         return lines;
     }
     OnRow store() const {
-        return [*this, each = store_to(rows_, dim_, nullptr)](int64_t line, int64_t from, int64_t count, float* c) {
+        return [*this, each = store_to(rows_, dim_).row](int64_t line, int64_t from, int64_t count, float* c) {
             each(0, offset(line) + from, count, c);
         };
     }
@@ -100,7 +100,7 @@ class Block {
             masked(c, count, scale, bytes ? in_.mask.as<uint8_t>() + at : nullptr,
                    floats ? in_.mask.as<float>() + at : nullptr, scores + line * keys + from);
         };
-        multiply(lines, keys, {{s.dim, pack_along(of_queries(in_.q, s.dim).lines()), pack_along(k()), then}}, 1);
+        multiply(lines, keys, {{s.dim, strips_along(of_queries(in_.q, s.dim).lines()), pack_along(k()), then}}, 1);
     }
 
   private:
@@ -157,10 +157,10 @@ void forward(const AttentionArgs& a, const Block& block) {
         for (int64_t i = 0; i < count; ++i) c[i] *= inverse[line];
         store(line, from, count, c);
     };
-    multiply(lines, s.value_dim, {{keys, pack_along(block.of_scores(scores)), pack_across(block.v()), then}}, 1);
+    multiply(lines, s.value_dim, {{keys, strips_along(block.of_scores(scores)), pack_across(block.v()), then}}, 1);
 }
 
-// dq of the block; and what it adds to dkᵀ [dim, keys] and dvᵀ [value_dim, keys].
+// dq of the block; and what it adds to dk [keys, dim] and dv [keys, value_dim].
 void backward(const AttentionBackwardArgs& a, const Block& block, float* dk, float* dv) {
     const auto& s = block.s;
     const int64_t lines = block.lines, keys = block.keys;
@@ -170,8 +170,8 @@ void backward(const AttentionBackwardArgs& a, const Block& block, float* dk, flo
     float* const dp = p + lines * keys;
     block.score(p);
     const HeadRows dout = block.of_queries(a.dout, s.value_dim), q = block.of_queries(a.in.q, s.dim);
-    const OnRow copy = store_to({dp, lines * keys, DType::f32, Device::cpu}, keys, nullptr);
-    multiply(lines, keys, {{s.value_dim, pack_along(dout.lines()), pack_along(block.v()), copy}}, 1);
+    const Then copy = store_to({dp, lines * keys, DType::f32, Device::cpu}, keys);
+    multiply(lines, keys, {{s.value_dim, strips_along(dout.lines()), pack_along(block.v()), copy}}, 1);
     for (int64_t i = 0; i < lines; ++i) {
         const float lse = *block.lse(a.lse, i);
         const int64_t seen = lse == -HUGE_VALF ? 0 : block.seen(i);
@@ -180,31 +180,23 @@ void backward(const AttentionBackwardArgs& a, const Block& block, float* dk, flo
         for (float* const scores : {p, dp}) std::fill(scores + i * keys + seen, scores + (i + 1) * keys, 0.0f);
     }
     const OnRow store = block.of_queries(a.dq, s.dim).store();
-    multiply(lines, s.dim, {{keys, pack_along(block.of_scores(dp)), pack_across(block.k()), store}}, 1);
-    const auto add = [&](float* sums, int64_t dim, const HeadRows& left, float* right) {
-        const OnRow then = add_to({sums, dim * s.keys, DType::f32, Device::cpu}, s.keys);
-        multiply(dim, keys, {{lines, pack_across(left.lines()), pack_across(block.of_scores(right)), then}}, 1);
+    multiply(lines, s.dim, {{keys, strips_along(block.of_scores(dp)), pack_across(block.k()), store}}, 1);
+    const auto add = [&](float* sums, int64_t dim, float* left, const HeadRows& right) {
+        const Then then = add_to({sums, s.keys * dim, DType::f32, Device::cpu}, dim);
+        multiply(keys, dim, {{lines, strips_across(block.of_scores(left)), pack_across(right.lines()), then}}, 1);
     };
-    add(dk, s.dim, q, dp);
-    add(dv, s.value_dim, dout, p);
+    add(dk, s.dim, dp, q);
+    add(dv, s.value_dim, p, dout);
 }
 
-// One head of `to` [batch, keys, kv_heads, dim] from the sums of its pieces, each transposed: [dim, keys].
-void transpose(const float* sums, int64_t pieces, const AttentionSizes& s, int64_t dim, const TensorRef& to,
-               int64_t batch, int64_t head) {
-    constexpr int64_t kStep = 16;
-    std::vector<float> lines(kStep * dim);
+// One head of `to` [batch, keys, kv_heads, dim] from the sums [keys, dim] of its pieces.
+void add_pieces(float* sums, int64_t pieces, const AttentionSizes& s, int64_t dim, const TensorRef& to, int64_t batch,
+                int64_t head) {
+    const int64_t size = s.keys * dim;
+    for (int64_t piece = 1; piece < pieces; ++piece)
+        for (int64_t i = 0; i < size; ++i) sums[i] += sums[piece * size + i];
     const OnRow store = HeadRows(to, s.keys, s.kv_heads, dim, 1, batch, head, 0).store();
-    for (int64_t first = 0; first < s.keys; first += kStep) {
-        const int64_t count = std::min(kStep, s.keys - first);
-        for (int64_t d = 0; d < dim; ++d) {
-            float sum[kStep] = {};
-            for (int64_t piece = 0; piece < pieces; ++piece)
-                for (int64_t i = 0; i < count; ++i) sum[i] += sums[(piece * dim + d) * s.keys + first + i];
-            for (int64_t i = 0; i < count; ++i) lines[i * dim + d] = sum[i];
-        }
-        for (int64_t i = 0; i < count; ++i) store(first + i, 0, dim, &lines[i * dim]);
-    }
+    for (int64_t key = 0; key < s.keys; ++key) store(key, 0, dim, sums + key * dim);
 }
 
 }  // namespace
@@ -235,9 +227,9 @@ void attention_backward(const AttentionBackwardArgs& a, int threads) {
     parallel_for(threads, heads, 1, [&](int64_t head, int64_t end) {
         for (; head < end; ++head) {
             const int64_t first = head * pieces * s.keys;
-            transpose(dk.get() + first * s.dim, pieces, s, s.dim, a.dk, head / s.kv_heads, head % s.kv_heads);
-            transpose(dv.get() + first * s.value_dim, pieces, s, s.value_dim, a.dv, head / s.kv_heads,
-                      head % s.kv_heads);
+            add_pieces(dk.get() + first * s.dim, pieces, s, s.dim, a.dk, head / s.kv_heads, head % s.kv_heads);
+            add_pieces(dv.get() + first * s.value_dim, pieces, s, s.value_dim, a.dv, head / s.kv_heads,
+                       head % s.kv_heads);
         }
     });
 }

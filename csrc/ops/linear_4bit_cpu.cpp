@@ -120,9 +120,9 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
 void many_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     const Weight weight(a.packed, a.scales, a.k, a.blocksize, a.type);
     std::vector<Term> terms;
-    terms.push_back({a.k, pack_along(rows_of(a.x, a.k)), columns_of_transposed(weight), {}});
+    terms.push_back({a.k, strips_along(rows_of(a.x, a.k)), columns_of_transposed(weight), {}});
     if (a.b.defined())
-        terms.push_back({a.rank(), pack_along(rows_of(a.s, a.rank())), pack_along(rows_of(a.b, a.rank())), {}});
+        terms.push_back({a.rank(), strips_along(rows_of(a.s, a.rank())), pack_along(rows_of(a.b, a.rank())), {}});
     terms.back().then = store_to(a.y, a.n, bias);
     multiply(a.m(), a.n, terms, threads);
 }
@@ -138,7 +138,7 @@ void linear_4bit(const Linear4bitArgs& a, int threads) {
 
 void linear_4bit_backward(const Linear4bitBackwardArgs& a, int threads) {
     const Weight weight(a.packed, a.scales, a.k, a.blocksize, a.type);
-    const Term term{a.n, pack_along(rows_of(a.dy, a.n)), columns_of(weight), store_to(a.dx, a.k, nullptr)};
+    const Term term{a.n, strips_along(rows_of(a.dy, a.n)), columns_of(weight), store_to(a.dx, a.k)};
     multiply(a.m(), a.k, {term}, threads);
 }
 

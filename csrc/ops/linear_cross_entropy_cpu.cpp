@@ -21,8 +21,8 @@ Lines window(const Lines& lines, int64_t line0, int64_t first0) {
 }  // namespace
 
 void logits(const LogitsArgs& a, int threads) {
-    const Term term{a.k, pack_along(rows_of(a.x, a.k)), pack_along(rows_of(a.weight, a.k)),
-                    store_to(a.logits, a.n(), nullptr)};
+    const Term term{a.k, strips_along(rows_of(a.x, a.k)), pack_along(rows_of(a.weight, a.k)),
+                    store_to(a.logits, a.n())};
     multiply(a.m(), a.n(), {term}, threads);
 }
 
@@ -32,14 +32,14 @@ void logits_backward(const LogitsBackwardArgs& a, int threads) {
     const int64_t m = a.m(), n = a.n(), k = a.k;
     const std::unique_ptr<float[]> sums(new float[m * k]());
     float* const sum = sums.get();
-    const OnRow add = add_to({sum, m * k, DType::f32, Device::cpu}, k), store = store_to(a.dx, k, nullptr);
+    const Then add = add_to({sum, m * k, DType::f32, Device::cpu}, k), store = store_to(a.dx, k);
     const Lines dlogits = rows_of(a.dlogits, n), weight = rows_of(a.weight, k);
     for (int64_t first = 0; first < n; first += kPart) {
         const int64_t depth = std::min(kPart, n - first);
-        const Term term{depth, pack_along(window(dlogits, 0, first)), pack_across(window(weight, first, 0)), add};
+        const Term term{depth, strips_along(window(dlogits, 0, first)), pack_across(window(weight, first, 0)), add};
         multiply(m, k, {term}, threads);
     }
-    for (int64_t row = 0; row < m; ++row) store(row, 0, k, sum + row * k);
+    for (int64_t row = 0; row < m; ++row) store.row(row, 0, k, sum + row * k);
 }
 
 }  // namespace pyqlora::cpu

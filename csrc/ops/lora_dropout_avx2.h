@@ -6,52 +6,59 @@
 PYQLORA_TARGET(PYQLORA_AVX2)
 namespace pyqlora::cpu::avx2 {
 
-inline __m256i eight(uint64_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
-
-// The upper and lower halves of the 64-bit products of eight 32-bit numbers.
-inline void multiply(__m256i x, __m256i factor, __m256i& high, __m256i& low) {
-    const __m256i even = _mm256_mul_epu32(x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
-    low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-    high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-}
-
-// Philox (philox.h) for eight neighbouring groups at once: `words` [4], with one lane for each group.
-inline void philox8(uint64_t seed, uint64_t row, uint64_t group, __m256i* words) {
-    __m256i c0 = _mm256_add_epi32(eight(group), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));  // group is a multiple of 8
-    __m256i c1 = eight(group >> 32), c2 = eight(row), c3 = eight(row >> 32), k0 = eight(seed), k1 = eight(seed >> 32);
-    const __m256i factor0 = eight(0xD2511F53u), factor1 = eight(0xCD9E8D57u);
-    const __m256i step0 = eight(0x9E3779B9u), step1 = eight(0xBB67AE85u);
-    for (int round = 0; round < 10; ++round) {
-        __m256i high0, low0, high1, low1;
-        multiply(c0, factor0, high0, low0);
-        multiply(c2, factor1, high1, low1);
-        c0 = _mm256_xor_si256(_mm256_xor_si256(high1, c1), k0);
-        c1 = low1;
-        c2 = _mm256_xor_si256(_mm256_xor_si256(high0, c3), k1);
-        c3 = low0;
-        k0 = _mm256_add_epi32(k0, step0);
-        k1 = _mm256_add_epi32(k1, step1);
+// Philox (philox.h) for eight groups of eight elements at once. Each has a 64-bit lane of two registers, in whose lower
+// half the words are kept, for there the instruction that multiplies looks; what the upper half holds is of no account.
+class Philox8 {
+  public:
+    explicit Philox8(uint64_t seed) {
+        auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+        for (auto& key : keys_) {
+            key[0] = _mm256_set1_epi64x(key0);
+            key[1] = _mm256_set1_epi64x(key1);
+            key0 += 0x9E3779B9u;
+            key1 += 0xBB67AE85u;
+        }
     }
-    words[0] = c0;
-    words[1] = c1;
-    words[2] = c2;
-    words[3] = c3;
-}
+
+    // The bits of groups `group` (a multiple of 8) to group + 7: 0 and 2, 1 and 3, 4 and 6, 5 and 7.
+    void operator()(uint64_t row, uint64_t group, __m256i* pairs) const {
+        const __m256i factor0 = _mm256_set1_epi64x(0xD2511F53u), factor1 = _mm256_set1_epi64x(0xCD9E8D57u);
+        const __m256i first = _mm256_set1_epi64x(group), upper = _mm256_set1_epi64x(group >> 32);
+        __m256i c0[2] = {_mm256_add_epi64(first, _mm256_setr_epi64x(0, 1, 2, 3)),
+                         _mm256_add_epi64(first, _mm256_setr_epi64x(4, 5, 6, 7))};
+        __m256i c1[2] = {upper, upper}, c2[2], c3[2];
+        for (int i = 0; i < 2; ++i) c2[i] = _mm256_set1_epi64x(row), c3[i] = _mm256_set1_epi64x(row >> 32);
+        for (const auto& key : keys_) {
+            for (int i = 0; i < 2; ++i) {  // side by side: one alone waits for its products
+                const __m256i p0 = _mm256_mul_epu32(c0[i], factor0), p1 = _mm256_mul_epu32(c2[i], factor1);
+                c0[i] = _mm256_xor_si256(_mm256_srli_epi64(p1, 32), _mm256_xor_si256(c1[i], key[0]));
+                c1[i] = p1;
+                c2[i] = _mm256_xor_si256(_mm256_srli_epi64(p0, 32), _mm256_xor_si256(c3[i], key[1]));
+                c3[i] = p0;
+            }
+        }
+        for (int i = 0; i < 2; ++i) {
+            const __m256i low = _mm256_blend_epi32(c0[i], _mm256_slli_epi64(c1[i], 32), 0xaa);
+            const __m256i high = _mm256_blend_epi32(c2[i], _mm256_slli_epi64(c3[i], 32), 0xaa);
+            pairs[2 * i] = _mm256_unpacklo_epi64(low, high);
+            pairs[2 * i + 1] = _mm256_unpackhi_epi64(low, high);
+        }
+    }
+
+  private:
+    __m256i keys_[10][2];
+};
 
 // kept() (philox.h) of the 64 elements of a row from element 8 * group on: 16 bits each, all ones or zero.
-inline void kept64(uint64_t seed, uint64_t row, uint64_t group, uint32_t threshold, __m128i* masks) {
-    __m256i w[4];
-    philox8(seed, row, group, w);
+inline void kept64(const Philox8& philox, uint64_t row, uint64_t group, uint32_t threshold, __m128i* masks) {
+    __m256i pairs[4];
+    philox(row, group, pairs);
     const __m256i bound = _mm256_set1_epi16(static_cast<short>(threshold));
-    for (__m256i& x : w) x = _mm256_cmpeq_epi16(_mm256_max_epu16(x, bound), x);
-    // A group's eight masks are one lane of all four words.
-    const __m256i a = _mm256_unpacklo_epi32(w[0], w[1]), b = _mm256_unpackhi_epi32(w[0], w[1]);
-    const __m256i c = _mm256_unpacklo_epi32(w[2], w[3]), d = _mm256_unpackhi_epi32(w[2], w[3]);
-    const __m256i groups[4] = {_mm256_unpacklo_epi64(a, c), _mm256_unpackhi_epi64(a, c), _mm256_unpacklo_epi64(b, d),
-                               _mm256_unpackhi_epi64(b, d)};
     for (int i = 0; i < 4; ++i) {
-        masks[i] = _mm256_castsi256_si128(groups[i]);
-        masks[i + 4] = _mm256_extracti128_si256(groups[i], 1);
+        const __m256i kept = _mm256_cmpeq_epi16(_mm256_max_epu16(pairs[i], bound), pairs[i]);
+        const int first = i / 2 * 4 + i % 2;
+        masks[first] = _mm256_castsi256_si128(kept);
+        masks[first + 2] = _mm256_extracti128_si256(kept, 1);
     }
 }
 
@@ -59,9 +66,10 @@ inline void kept64(uint64_t seed, uint64_t row, uint64_t group, uint32_t thresho
 template <class T>
 void drop(const T* x, int64_t first, int64_t count, float scale, uint64_t seed, int64_t row, uint32_t threshold,
           float* out) {
+    const Philox8 philox(seed);
     for (int64_t i = 0; i < count; i += 64) {
         __m128i masks[8];
-        kept64(seed, row, (first + i) / 8, threshold, masks);
+        kept64(philox, row, (first + i) / 8, threshold, masks);
         T rest[64];
         float dropped[64];
         const bool whole = count - i >= 64;

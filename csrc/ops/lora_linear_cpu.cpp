@@ -3,10 +3,9 @@
 
 #include "core/dispatch.h"
 #include "core/float16.h"
-#include "core/gemm.h"
 #include "core/parallel.h"
 #include "ops/lora_dropout_avx2.h"
-#include "ops/lora_linear.h"
+#include "ops/lora_linear_cpu.h"
 
 namespace pyqlora::cpu {
 
@@ -51,15 +50,13 @@ Lines dropped_rows(const TensorRef& matrix, int64_t columns, const Dropout& drop
 }
 
 // `then` after C was dropped.
-OnRow after_dropout(const Dropout& dropout, OnRow then) {
-    if (!dropout.seed.defined()) return then;
-    const auto seed = static_cast<uint64_t>(*dropout.seed.as<int64_t>());
-    const uint32_t threshold = dropout.threshold();
-    const auto drop = PYQLORA_SELECT(drop<float>);
-    return [=, then = std::move(then)](int64_t row, int64_t first, int64_t count, float* c) {
-        drop(c, first, count, 1.0f, seed, row, threshold, c);
-        then(row, first, count, c);
-    };
+Then after_dropout(const Dropout& dropout, Then then) {
+    const OnRow drop = drop_in_place(dropout);
+    if (!drop) return then;
+    return OnRow([=, store = std::move(then.row)](int64_t row, int64_t first, int64_t count, float* c) {
+        drop(row, first, count, c);
+        store(row, first, count, c);
+    });
 }
 
 // `then` that writes Cᵀ [columns of C, rows of C].
@@ -76,10 +73,20 @@ OnRow store_transposed_to(const TensorRef& matrix, int64_t rows) {
 
 }  // namespace
 
+OnRow drop_in_place(const Dropout& dropout) {
+    if (!dropout.seed.defined()) return {};
+    const auto seed = static_cast<uint64_t>(*dropout.seed.as<int64_t>());
+    const uint32_t threshold = dropout.threshold();
+    const auto drop = PYQLORA_SELECT(drop<float>);
+    return [=](int64_t row, int64_t first, int64_t count, float* c) {
+        drop(c, first, count, 1.0f, seed, row, threshold, c);
+    };
+}
+
 void lora_dropout(const LoraDropoutArgs& a, int threads) {
     const int64_t columns = a.columns, rows = a.x.numel / columns;
     const Lines lines = dropped_rows(a.x, columns, a.dropout);
-    const OnRow store = store_to(a.y, columns, nullptr);
+    const OnRow store = store_to(a.y, columns).row;
     parallel_for(threads, rows, std::max<int64_t>(1, (1 << 14) / columns), [&](int64_t row, int64_t end) {
         constexpr int64_t kStep = 1024;
         float line[kStep];
@@ -109,15 +116,15 @@ void lora_down(const LoraDownArgs& a, int threads) {
     constexpr int64_t kFewRows = 8;
     if (a.m() <= kFewRows) return few_rows_down(a);
     const int64_t k = a.a.length, rank = a.columns();
-    const Term term{k, pack_along(dropped_rows(a.x, k, a.dropout, a.scales[0])), pack_along(rows_of(a.a.factors[0], k)),
-                    store_to(a.s, rank, nullptr)};
+    const Term term{k, strips_along(dropped_rows(a.x, k, a.dropout, a.scales[0])),
+                    pack_along(rows_of(a.a.factors[0], k)), store_to(a.s, rank)};
     multiply(a.m(), rank, {term}, threads);
 }
 
 void lora_up(const LoraUpArgs& a, int threads) {
     const int64_t n = a.b.length, rank = a.b.widest();
-    const OnRow then = a.accumulate ? add_to(a.y, n) : store_to(a.y, n, nullptr);
-    const Term term{rank, pack_along(rows_of(a.s, rank)), pack_along(rows_of(a.b.factors[0], rank)),
+    const Then then = a.accumulate ? add_to(a.y, n) : store_to(a.y, n);
+    const Term term{rank, strips_along(rows_of(a.s, rank)), pack_along(rows_of(a.b.factors[0], rank)),
                     after_dropout(a.dropout, then)};
     multiply(a.m(), n, {term}, threads);
 }
@@ -125,13 +132,13 @@ void lora_up(const LoraUpArgs& a, int threads) {
 void lora_backward(const LoraBackwardArgs& a, int threads) {
     const int64_t rank = a.rank(), m = a.m();
     if (a.b.defined()) {
-        const Term ds{a.n, pack_along(rows_of(a.dy, a.n)), pack_across(rows_of(a.b, rank, static_cast<float>(a.scale))),
-                      store_to(a.ds, rank, nullptr)};
+        const Term ds{a.n, strips_along(rows_of(a.dy, a.n)),
+                      pack_across(rows_of(a.b, rank, static_cast<float>(a.scale))), store_to(a.ds, rank)};
         multiply(m, rank, {ds}, threads);
     }
-    const Term db{m, pack_across(rows_of(a.s, rank)), pack_across(dropped_rows(a.dy, a.n, a.dropout)),
-                  a.transposed ? store_to(a.db, a.n, nullptr) : store_transposed_to(a.db, rank)};
-    multiply(rank, a.n, {db}, threads);
+    const Then store = a.transposed ? store_transposed_to(a.db, a.n) : store_to(a.db, rank);
+    const Strips dy = strips_across(dropped_rows(a.dy, a.n, a.dropout));
+    multiply(a.n, rank, {{m, dy, pack_across(rows_of(a.s, rank)), store}}, threads);
 }
 
 }  // namespace pyqlora::cpu

@@ -8,7 +8,7 @@ from torch import Tensor
 from pyqlora import _C
 from pyqlora.ops import linear_4bit_cuda
 from pyqlora.ops.backend import is_plain, native
-from pyqlora.ops.selective_checkpointing import kept
+from pyqlora.ops.selective_checkpointing import completed, kept
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
 
@@ -146,10 +146,14 @@ class _Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         _save(ctx, inputs, None)
-        (y,) = kept((inputs[1].data_ptr(), inputs[0].shape), lambda: (forward(*inputs),))
-        return y
+        (y,) = kept((inputs[1].data_ptr(), inputs[0].shape), lambda: (forward(*inputs),), late=True)
+        return inputs[0].new_empty(*inputs[0].shape[:-1], inputs[9][0]) if y is None else y
 
     backward = staticmethod(_grads)
+
+
+def _trained(*inputs) -> Tensor:
+    return completed(_Linear4bit.apply(*inputs))
 
 
 def linear_4bit(
@@ -179,6 +183,6 @@ def linear_4bit(
     if not is_plain(x):
         call = torch.ops.pyqlora.linear_4bit
     elif torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        call = _Linear4bit.apply
+        call = _trained
     scales = absmax, nested_absmax, nested_code, offset, nested_blocksize
     return call(x, packed, *scales, blocksize, quant_type, shape, bias)

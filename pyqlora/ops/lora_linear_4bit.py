@@ -1,8 +1,8 @@
 """lora_linear on a 4-bit weight in one function: y = x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ.
 
 The update is part of the kernel that multiplies with W; on a GPU for few rows only, for many it is added to the product
-in place. On the CPU all of it is one native call. Backward, the update's part of dx is added to that of W in place, and
-x is all that is kept of its size.
+in place. On the CPU all of it is one native call, and so is the way back. Elsewhere the update's part of dx is added to
+that of W in place. x is all that is kept of its size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda
 from pyqlora.ops.backend import is_plain, native, on_gpu
-from pyqlora.ops.selective_checkpointing import kept
+from pyqlora.ops.selective_checkpointing import completed, kept
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -47,13 +47,32 @@ def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -
     return y, h
 
 
+def backward(dy, x, h, a, b, weight, shape, scaling, dropout, seed, need_x, need_a):
+    """The CPU kernels' call: (dx, dA, dB), the first two None where not needed."""
+    *packed_and_scales, blocksize, quant_type = weight
+    dx = dy.new_empty(x.shape) if need_x else None
+    da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else None
+    db = torch.empty_like(b, memory_format=torch.contiguous_format)
+    module, threads = native(dy)
+    # fmt: off
+    module.lora_linear_4bit_backward(
+        dy.contiguous(), *packed_and_scales, dx, *shape, blocksize, quant_type, x.contiguous(), a.contiguous(),
+        b.contiguous(), h, scaling / (1.0 - dropout), seed, dropout, da, db, threads,
+    )
+    # fmt: on
+    return dx, da, db
+
+
 class _LoraLinear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, bias, weight, shape, scaling, dropout, seed):
         y, h, seed = kept(
             (weight[0].data_ptr(), x.shape),
             lambda: (*forward(x, a, b, bias, weight, shape, scaling, dropout, seed), seed),
+            late=True,
         )
+        if y is None:
+            y = x.new_empty(*x.shape[:-1], shape[0])
         ctx.save_for_backward(x, h, a, b, seed)
         # The weight is constant: as saved tensors its parts would be half of what checkpointing's hooks handle.
         ctx.weight, ctx.shape, ctx.scaling, ctx.dropout = weight, shape, scaling, dropout
@@ -66,11 +85,14 @@ class _LoraLinear4bit(torch.autograd.Function):
         x, h, a, b, seed = ctx.saved_tensors
         need_x, need_a, need_b, need_bias = ctx.needs_input_grad[:4]
         dx = dbias = None
-        if need_x:
-            dx = linear_4bit.backward(dy, *ctx.weight, ctx.shape)
-        dx, da, db = lora_linear.gradients(
-            dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, h.dtype, need_x, need_a, need_b, dx
-        )
+        if on_gpu(dy):
+            if need_x:
+                dx = linear_4bit.backward(dy, *ctx.weight, ctx.shape)
+            dx, da, db = lora_linear.gradients(
+                dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, h.dtype, need_x, need_a, need_b, dx
+            )
+        else:
+            dx, da, db = backward(dy, x, h, a, b, ctx.weight, ctx.shape, ctx.scaling, ctx.dropout, seed, need_x, need_a)
         if need_bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return dx, da, db, dbias, None, None, None, None, None
@@ -106,4 +128,4 @@ def lora_linear_4bit(
     seed = lora_linear.draw_seed(x, dropout)
     if not torch.is_grad_enabled():
         return forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=False)[0]
-    return _LoraLinear4bit.apply(x, a, b, bias, weight, shape, scaling, dropout, seed)
+    return completed(_LoraLinear4bit.apply(x, a, b, bias, weight, shape, scaling, dropout, seed))

@@ -3,6 +3,10 @@
 Most of a block's time goes to its linear layers, but most of what checkpointing saves is not their outputs: a Llama
 block holds as much again for its norms, rotations, activation functions and attention. So the outputs of the layers on
 4-bit weights stay, and everything else is computed again from them.
+
+The output of the last layer does not stay. torch ends the repeated pass at the last tensor that is saved for the
+gradients, which is one of this layer's own; its output is for the next block. So the layer hands out memory without
+values, and if the pass goes on nevertheless they are computed, and stay from then on.
 """
 
 from __future__ import annotations
@@ -10,10 +14,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Result = tuple[Tensor | None, ...]
 _threads = threading.local()  # `current`: the pass that this thread is in
+_needed: set[object] = set()  # layers whose outputs were computed again though they were a block's last
 
 
 class _Block:
@@ -22,17 +28,24 @@ class _Block:
     def __init__(self) -> None:
         self.results: list[tuple | None] = []
 
-    def record(self, key: tuple, result: Result) -> Result:
+    def record(self, key: tuple, result: Result, late: bool) -> Result:
         # Not the tensors themselves, whose graph would hold this block; versions tell whether they are written to.
         kept = [part if part is None else (part.detach(), part._version) for part in result]
-        self.results.append((key, kept))
+        self.results.append((key, kept, late))
         return result
+
+    def end(self) -> None:
+        """Let go of the last result's first part if it can come late."""
+        if self.results:
+            key, kept, late = self.results[-1]
+            if late and key[0] not in _needed:
+                self.results[-1] = key, [None, *kept[1:]], late
 
     def take(self, position: int, key: tuple) -> Result | None:
         """The result of a call, once; None if it is gone, is that of another layer or was overwritten."""
         if position >= len(self.results) or self.results[position] is None:
             return None
-        (its_key, kept), self.results[position] = self.results[position], None
+        (its_key, kept, _), self.results[position] = self.results[position], None
         if its_key != key or any(part and part[0]._version != part[1] for part in kept):
             return None
         return tuple(part and part[0] for part in kept)
@@ -43,19 +56,24 @@ class _Pass:
 
     def __init__(self, block: _Block, first: bool):
         self.block, self.first, self.position = block, first, 0
+        self.missing: tuple | None = None  # the call whose result's first part has no values yet
 
     def __enter__(self) -> None:
         self.position, self.outer = 0, getattr(_threads, "current", None)
         _threads.current = self
 
     def __exit__(self, *_: object) -> None:
-        _threads.current = self.outer
-
-    def result(self, key: tuple, compute: Callable[[], Result]) -> Result:
+        _threads.current, self.missing = self.outer, None
         if self.first:
-            return self.block.record(key, compute())
+            self.block.end()
+
+    def result(self, key: tuple, compute: Callable[[], Result], late: bool) -> Result:
+        if self.first:
+            return self.block.record(key, compute(), late)
         taken = self.block.take(self.position, key)
         self.position += 1
+        if late and taken is not None and taken[0] is None:
+            self.missing = key, compute
         return compute() if taken is None else taken
 
 
@@ -86,7 +104,25 @@ def keeping() -> bool:
     return getattr(_threads, "current", None) is not None
 
 
-def kept(key: tuple, compute: Callable[[], Result]) -> Result:
-    """What `compute` returns, from the block's first pass where it was kept; `key` tells the layers' calls apart."""
+def kept(key: tuple, compute: Callable[[], Result], late: bool = False) -> Result:
+    """What `compute` returns, from the block's first pass where it was kept.
+
+    Args:
+        key: tells the calls apart; its first element the layers.
+        compute: gives the result.
+        late: the first part may be None. The caller then takes memory for it, and `completed` writes it there, once all
+            that autograd is to keep of the call was saved.
+    """
     current = getattr(_threads, "current", None)
-    return compute() if current is None else current.result(key, compute)
+    return compute() if current is None else current.result(key, compute, late)
+
+
+def completed(y: Tensor) -> Tensor:
+    """y, the first part of the last result, with the values that were to come late."""
+    current = getattr(_threads, "current", None)
+    if current is not None and current.missing is not None:
+        (key, compute), current.missing = current.missing, None
+        with torch.no_grad():
+            y.data.copy_(compute()[0])
+        _needed.add(key[0])
+    return y

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 
+from pyqlora import _C
 from pyqlora.ops import lora_linear_4bit as module
 from pyqlora.ops.lora_linear import dropped
 from pyqlora.ops.lora_linear_4bit import lora_linear_4bit
@@ -62,6 +63,47 @@ def test_without_a_gradient_the_same_bits(backend, rows, dropout):
             results.append(lora_linear_4bit(x, weight, [n, k], None, a, b, 0.5, dropout))
     assert results[0].requires_grad and results[0].shape == (rows, n)
     assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("trained", ["x", "a", "b", "xa", "xb", "ab"])
+def test_gradients_that_are_asked_for(backend, trained):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    g = torch.Generator().manual_seed(0)
+    shapes = {"x": (11, k), "a": (3, k), "b": (n, 3)}
+    values = {name: torch.randn(shape, generator=g).bfloat16().to(backend.device) for name, shape in shapes.items()}
+    dy = torch.randn(11, n, generator=g).bfloat16().to(backend.device)
+
+    def gradients(wanted: str) -> dict[str, torch.Tensor | None]:
+        inputs = {name: value.clone().requires_grad_(name in wanted) for name, value in values.items()}
+        torch.manual_seed(7)
+        y = lora_linear_4bit(inputs["x"], weight, [n, k], None, inputs["a"], inputs["b"], 0.5, 0.25)
+        y.backward(dy)
+        return {name: value.grad for name, value in inputs.items()}
+
+    every, some = gradients("xab"), gradients(trained)
+    assert all(torch.equal(some[name], every[name]) if name in trained else some[name] is None for name in values)
+
+
+def test_no_rows(backend):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    x, a, b = (
+        torch.ones(shape, dtype=torch.bfloat16, device=backend.device, requires_grad=True)
+        for shape in ((0, k), (3, k), (n, 3))
+    )
+    lora_linear_4bit(x, weight, [n, k], None, a, b, 0.5, 0.25).sum().backward()
+    assert x.grad.shape == (0, k) and not a.grad.any() and not b.grad.any()
+
+
+def test_the_native_backward_checks_a():
+    weight, _ = weight_of(40, 64, "cpu")
+    *packed_and_scales, blocksize, quant_type = weight
+    dy, dx, x, a, b, h = (torch.ones(shape) for shape in ((2, 40), (2, 64), (2, 64), (2, 64), (40, 3), (2, 3)))
+    with pytest.raises(ValueError, match="lora_linear_4bit_backward: a: expected 192 elements, got 128"):
+        _C.cpu.lora_linear_4bit_backward(
+            *(dy, *packed_and_scales, dx, 40, 64, blocksize, quant_type, x, a, b, h, 1.0, None, 0.0, None, b.clone(), 1)
+        )
 
 
 def test_strided_inputs(backend):
