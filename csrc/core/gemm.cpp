@@ -71,11 +71,11 @@ void add_rounded(const float* c, const Other* other, int64_t count, T* y) {
 
 namespace {
 
-constexpr int64_t kDepth = 256;            // of a panel, which then stays in the first cache
-constexpr int64_t kBlock = 128;            // columns of C whose panels a thread holds in its second cache
-constexpr int64_t kStripBytes = 1 << 18;   // of a group of strips that run past one panel after the other
-constexpr int64_t kPackedBytes = 3 << 19;  // of the strips of a chunk of rows, which the larger caches hold
-constexpr int64_t kFewestRows = 384;       // of a chunk, for each of which all of B is made anew
+constexpr int64_t kDepth = 256;           // of a panel, which then stays in the first cache
+constexpr int64_t kBlock = 128;           // columns of C whose panels a thread holds in its second cache
+constexpr int64_t kStripBytes = 1 << 18;  // of a group of strips that run past one panel after the other
+constexpr int64_t kChunkBytes = 3 << 19;  // of the strips of a chunk of rows, which the larger caches hold
+constexpr int64_t kFewestRows = 384;      // of a chunk, for each of which all of B is made anew
 
 // Memory that a thread keeps from one product to the next.
 class Workspace {
@@ -110,7 +110,7 @@ class Placed {
         const int64_t begin = first + in_place_ * width_, end = first + count;  // of the rows that are copied
         if (begin < end)
             across ? copy_across(term, begin, end, out, threads) : copy_along(term, begin, end, out, threads);
-        at_ = lines.plain + first * (across ? 1 : lines.stride);
+        if (in_place_) at_ = lines.plain + first * (across ? 1 : lines.stride);
         line_ = lines.stride;
     }
 
@@ -160,7 +160,7 @@ class Placed {
     }
 
     int64_t width_, in_place_;
-    const float *at_, *copied_ = nullptr;
+    const float *at_ = nullptr, *copied_ = nullptr;
     int64_t line_, copied_line_ = 0;
 };
 
@@ -308,7 +308,7 @@ Lines rows_of(const TensorRef& matrix, int64_t columns, float scale) {
 void multiply(int64_t m, int64_t n, const std::vector<Term>& terms, int threads) {
     int64_t depths = 0;
     for (const Term& t : terms) depths += t.depth;
-    const int64_t rows = std::max(kFewestRows, kPackedBytes / (4 * std::max<int64_t>(depths, 1)));
+    const int64_t rows = std::max(kFewestRows, kChunkBytes / (4 * std::max<int64_t>(depths, 1)));
     // Chunks of equal size: a small last one would decode all of B for little.
     const int64_t chunk = m ? round_up(ceil_div(m, ceil_div(m, rows)), tile_rows()) : 1;
     for (int64_t first = 0; first < m; first += chunk)

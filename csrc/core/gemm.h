@@ -26,7 +26,7 @@ RowProducts row_products(DType dtype);
 int64_t tile_rows();
 int64_t tile_columns();
 
-// Rows of A or columns of B [first, first + count), over the depth [from, from + depth), in packs `width` wide.
+// Columns [first, first + count) of B, over the depth [from, from + depth), in panels `width` wide.
 struct Slab {
     int64_t first, count, from, depth, width;
 

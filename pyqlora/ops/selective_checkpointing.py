@@ -89,8 +89,9 @@ def selective_checkpointing() -> tuple[_Pass, _Pass]:
     is not JSON, which some of its loggers want.
 
     Losses and gradients are those of plain checkpointing, to the bit. A layer's output stays until the backward pass
-    takes it: in a Llama of hidden size d, intermediate size i and k key-value dimensions 3·d + 2·k + 2·i numbers for
-    each token and block, beside the d of plain checkpointing. Dense layers run twice as ever.
+    takes it: in a Llama of hidden size d, intermediate size i and k key-value dimensions 2·d + 2·k + 2·i numbers for
+    each token and block, d more on a CPU for attention's, beside the d of plain checkpointing. Dense layers run
+    twice as ever.
 
     Returns:
         The contexts for a block's first and for its repeated forward pass.

@@ -105,10 +105,10 @@ def test_same_bits_from_half_the_products(backend, products, rows):
     plain = gradients(model, x, {})
     assert len(products) == 12
     # Where a layer's update follows in a second step, its output is needed, which the first time tells.
-    for _ in range(2):
+    for count in (6 if backend.name == "cpu" else 9, 6):
         del products[:]
         assert identical(plain, gradients(model, x, {"context_fn": selective_checkpointing}))
-    assert len(products) == 6
+        assert len(products) == count
 
 
 def test_without_adapters(products):
