@@ -10,6 +10,7 @@ void bind_quantize(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_linear_4bit(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_lora_linear(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_lora_linear_4bit(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_linear_dense(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_linear_cross_entropy(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_attention(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_rms_norm(pybind11::module_& cpu, pybind11::module_& cuda);
@@ -20,6 +21,7 @@ inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
     bind_linear_4bit(cpu, cuda);
     bind_lora_linear(cpu, cuda);
     bind_lora_linear_4bit(cpu, cuda);
+    bind_linear_dense(cpu, cuda);
     bind_linear_cross_entropy(cpu, cuda);
     bind_attention(cpu, cuda);
     bind_rms_norm(cpu, cuda);

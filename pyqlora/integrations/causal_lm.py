@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyqlora.nn.output_layer import OutputLayer
 from pyqlora.ops.linear_cross_entropy import linear_cross_entropy
 
 _does_more: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # output layers whose models change the logits
@@ -67,8 +68,9 @@ def output_layer(model: nn.Module) -> nn.Linear | None:
     config, head = model.config, model.get_output_embeddings()
     loss = getattr(model, "loss_function", None)
     next_token = getattr(loss, "__name__", "") == "ForCausalLMLoss" and not config.is_encoder_decoder
-    hooked = type(head) is nn.Linear and (head._forward_hooks or head._forward_pre_hooks)
-    return head if next_token and type(head) is nn.Linear and not hooked else None
+    plain = type(head) in (nn.Linear, OutputLayer)
+    hooked = plain and (head._forward_hooks or head._forward_pre_hooks)
+    return head if next_token and plain and not hooked else None
 
 
 def _run(model: nn.Module, head: nn.Linear, inputs: dict[str, Any]) -> tuple[Tensor, bool]:

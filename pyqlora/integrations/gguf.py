@@ -226,6 +226,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     from pyqlora.nn import Linear4bit, Params4bit
+    from pyqlora.nn.output_layer import use_output_layer
 
     config = load_config(file)
     config.dtype = dtype
@@ -265,4 +266,7 @@ def load_model(
     model.generation_config.eos_token_id = config.eos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     model.name_or_path = str(file.path)
-    return model.to(device).eval()
+    model.to(device).eval()
+    if quant_type:
+        use_output_layer(model)
+    return model

@@ -23,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from pyqlora.nn import Linear4bit, Params4bit
+from pyqlora.nn.output_layer import use_output_layer
 from pyqlora.quant import PACKED_KEY, QUANT_TYPES, dequantize_4bit
 
 logger = transformers.logging.get_logger(__name__)
@@ -107,6 +108,7 @@ class Quantizer(HfQuantizer):
             for conversion in model._weight_conversions
             if not any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
         ]
+        use_output_layer(model)
         _report_unquantized(model)
         _report_slow_products(self.quantization_config, model.dtype, model.device)
         _trim_heap()

@@ -15,6 +15,7 @@ from pyqlora.integrations.gguf import GGUFFile, load_config, load_model
 from pyqlora.integrations.gguf_names import BLOCK_NAMES, transformers_name
 from pyqlora.integrations.gguf_tokenizer import load_tokenizer
 from pyqlora.nn import Linear4bit
+from pyqlora.nn.output_layer import OutputLayer
 
 Q8 = gguf.GGMLQuantizationType.Q8_0
 TO_GGUF = {v: k for k, v in BLOCK_NAMES.items()}
@@ -113,7 +114,7 @@ def test_model_is_the_original_up_to_quantization(file):
         assert torch.equal(module.weight.data, expected.to("cpu").weight.data), name
         decoded[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state)
     assert isinstance(loaded.model.layers[0].mlp.down_proj, Linear4bit)
-    assert type(loaded.lm_head) is torch.nn.Linear
+    assert type(loaded.lm_head) is OutputLayer
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     scale = original.lm_head.weight.detach().abs().amax() / 127
     assert (loaded.lm_head.weight - original.lm_head.weight).abs().max() <= scale

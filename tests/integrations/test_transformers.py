@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from pyqlora import BitsAndBytesConfig, quant
 from pyqlora.integrations import transformers as integration
 from pyqlora.nn import Linear4bit, Params4bit
+from pyqlora.nn.output_layer import OutputLayer
 from pyqlora.nn.parametrize import replace_parameter_4bit
 
 SETTINGS = {
@@ -60,7 +61,7 @@ def without_registration():
 def test_loading_quantizes_every_linear_layer_but_the_head(base, device_map):
     model = load(base, device_map=device_map)
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert kinds.pop("lm_head") is torch.nn.Linear
+    assert kinds.pop("lm_head") is OutputLayer
     assert len(kinds) == 14 and set(kinds.values()) == {Linear4bit}
     source = transformers.AutoModelForCausalLM.from_pretrained(base)
     for name in kinds:
