@@ -242,6 +242,20 @@ def _check(op: str, blocksize: int, quant_type: str | None, dtype: torch.dtype) 
         raise ValueError(f"{op}: only 16/32-bit floats (float32, float16, bfloat16) are supported, got {dtype}")
 
 
+def pack_4bit(x: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The packed tensor and the float32 block scales alone, from tensor operators alone; see `quantize_4bit`."""
+    _check("quantize_4bit", blocksize, quant_type, x.dtype)
+    packed, absmax = torch.ops.pyqlora.quantize_4bit(x, blocksize, quant_type)
+    if quant_storage == torch.uint8:
+        return packed, absmax
+    if packed.shape[0] % quant_storage.itemsize:
+        raise ValueError(
+            f"quantize_4bit: {packed.shape[0]} packed bytes do not fill whole elements of "
+            f"quant_storage {quant_storage}; use torch.uint8"
+        )
+    return packed.view(-1).view(quant_storage).view(-1, 1), absmax
+
+
 def quantize_4bit(
     x: Tensor, blocksize: int, quant_type: str, compress_statistics: bool, quant_storage: torch.dtype = torch.uint8
 ) -> tuple[Tensor, QuantState]:
@@ -257,15 +271,7 @@ def quantize_4bit(
     Raises:
         ValueError: an argument outside these, or bytes that do not fill whole elements of `quant_storage`.
     """
-    _check("quantize_4bit", blocksize, quant_type, x.dtype)
-    packed, absmax = torch.ops.pyqlora.quantize_4bit(x, blocksize, quant_type)
-    if quant_storage != torch.uint8:
-        if packed.shape[0] % quant_storage.itemsize:
-            raise ValueError(
-                f"quantize_4bit: {packed.shape[0]} packed bytes do not fill whole elements of "
-                f"quant_storage {quant_storage}; use torch.uint8"
-            )
-        packed = packed.view(-1).view(quant_storage).view(-1, 1)
+    packed, absmax = pack_4bit(x, blocksize, quant_type, quant_storage)
     offset = state2 = None
     if compress_statistics:
         offset = absmax.mean()

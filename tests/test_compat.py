@@ -170,6 +170,7 @@ def test_preparing_casts_plain_half_precision_parameters_as_peft_does(installed,
 
 OPERATORS = """
 import torch
+from torch._subclasses import FakeTensorMode
 from pyqlora import compat, functional as F
 compat.install()
 ops = torch.ops.bitsandbytes
@@ -192,6 +193,11 @@ q, s = F.quantize_blockwise(w, blocksize=256)
 assert all(map(torch.equal, ops.quantize_blockwise(w, s.code, 256), (q, s.absmax)))
 assert torch.equal(ops.dequantize_blockwise(q, s.absmax, s.code, 256, torch.float32), F.dequantize_blockwise(q, s))
 p, code = F.quantize_4bit(w)[0], F.get_4bit_type("fp4")
+with FakeTensorMode():  # of a GPU, which holds none of a module's own tensors
+    fake = torch.empty(96, 64, device="cuda")
+    packed, absmax = ops.quantize_4bit(fake, 64, "nf4", torch.bfloat16)
+    assert (packed.shape, absmax.shape, packed.device.type) == ((1536, 1), (96,), "cuda")
+    assert ops.gemm_4bit(fake, packed, [96, 64], absmax, 64, "nf4").shape == (96, 96)
 torch.library.opcheck(ops.gemv_4bit.default, (x, p, [96, 64], torch.ones(96), code, 64))
 try:
     ops.gemv_4bit(x, q, [96, 64], s.absmax, torch.arange(16.0), 64)

@@ -18,11 +18,6 @@ _DEQUANTIZE_BLOCKWISE = "Tensor A, Tensor absmax, Tensor code, int blocksize, Sc
 _OUT = ", Tensor(a!) out) -> ()"
 
 
-def _quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> tuple[Tensor, Tensor]:
-    packed, state = quant.quantize_4bit(A, blocksize, quant_type, False, quant_storage)
-    return packed, state.absmax
-
-
 def _dequantize_4bit(
     A: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -80,7 +75,7 @@ def _into_out(op):
 
 
 _OPS = {
-    f"quantize_4bit({_QUANTIZE}) -> (Tensor, Tensor)": _quantize_4bit,
+    f"quantize_4bit({_QUANTIZE}) -> (Tensor, Tensor)": quant.pack_4bit,
     f"dequantize_4bit({_DEQUANTIZE}) -> Tensor": _dequantize_4bit,
     f"dequantize_4bit.out({_DEQUANTIZE}{_OUT}": _into_out(_dequantize_4bit),
     f"gemm_4bit({_GEMM}) -> Tensor": _gemm_4bit,
