@@ -20,18 +20,23 @@ class Module4bit:
     quant_state: QuantState | None = None
 
     def _state(self) -> QuantState:
-        """The weight's quantization state.
+        """The weight's quantization state, which a weight that lost it gets back.
 
         Raises:
             ValueError: the weight is not quantized yet.
         """
-        # FSDP leaves a plain parameter in the weight's place: then only the layer knows
-        state = getattr(self._parameters["weight"], "quant_state", None) or self.quant_state
-        if state is None:
+        weight = self._parameters["weight"]
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            return state
+        # FSDP leaves a weight without its state, or a plain parameter in its place: then only the layer knows
+        if self.quant_state is None:
             raise ValueError(
                 f"{type(self).__name__} is not quantized yet: move it to a device first, e.g. layer.to('cpu')"
             )
-        return state
+        if isinstance(weight, Params4bit):
+            weight.quant_state = self.quant_state
+        return self.quant_state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

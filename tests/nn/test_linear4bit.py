@@ -178,6 +178,13 @@ def test_casts_leave_packed_bytes(storage, cast):
     assert made(x).dtype == torch.float16
 
 
+def test_a_weight_that_lost_its_state_gets_it_back():
+    made, _ = layer()
+    state, expected = made.quant_state, made(inputs(2, 64))
+    made.weight.quant_state = None
+    assert torch.equal(made(inputs(2, 64)), expected) and made.weight.quant_state is state
+
+
 def test_state_survives_a_weight_turned_into_a_plain_parameter():
     """As FSDP does: only the layer still knows the state."""
     made, _ = layer()
