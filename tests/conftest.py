@@ -44,6 +44,11 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    given = config.getoption("--backend")
+    emulation.wanted = not given or any(name.startswith("emulated") for name in given)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def outside_of_the_source_tree():
     """Also with pytest-xdist, whose processes must still start where the paths of the command line count from."""
