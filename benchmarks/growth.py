@@ -21,7 +21,7 @@ import transformers
 import transformers.models.llama.modeling_llama
 
 import pyqlora
-from benchmarks.meter import Meter, in_child, resident
+from benchmarks.meter import Meter, hide_gpus, in_child, resident
 from pyqlora.finetune.memory import return_freed_memory
 from pyqlora.nn import Linear4bit
 
@@ -121,6 +121,7 @@ def main(given: list[str] | None = None) -> dict[str, list[dict[str, float]]]:
     parser.add_argument("--plot", type=Path, help="draw into this .svg or .png")
     parser.add_argument("--json", type=Path, help="write every point here")
     arguments = parser.parse_args(given)
+    hide_gpus()
     transformers.logging.set_verbosity_error()
     axes = measured()
     print(f"from {', '.join(f'{axis} {value}' for axis, value in START.items())}\n")

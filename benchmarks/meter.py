@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+def hide_gpus() -> None:
+    """Before anything counts them: a backward pass begins a thread and a context for each, in the memory that is
+    measured here, and a process that has those threads cannot fork children with backward passes of their own.
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def resident() -> int:

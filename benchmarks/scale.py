@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import pyqlora
-from benchmarks.meter import HEADER, Meter, Part, in_child, row
+from benchmarks.meter import HEADER, Meter, Part, hide_gpus, in_child, row
 from benchmarks.shards import SIZES, write_shards
 from pyqlora.estimate import PARTS, Run, parts
 
@@ -91,6 +91,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the machine and every part here")
     arguments = parser.parse_args(given)
+    hide_gpus()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
