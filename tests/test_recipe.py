@@ -91,7 +91,7 @@ def trainer_for(path, output, steps, optim):
         logging_steps=1,
         save_steps=5,
         report_to=[],
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         seed=1,
     )
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -137,7 +137,11 @@ def test_resuming_continues_the_run(base, trained, tmp_path):
     """Steps six to ten after a resumed checkpoint give the losses of the run that went through."""
     trainer = trainer_for(base, tmp_path, 10, OPTIM)
     trainer.train(resume_from_checkpoint=str(Path(trained.args.output_dir) / "checkpoint-5"))
-    assert losses(trainer)[-5:] == losses(trained)[-5:]
+    resumed, expected = losses(trainer)[-5:], losses(trained)[-5:]
+    assert resumed[0] == expected[0]
+    if torch.cuda.is_available():  # torch's backward pass of attention adds up in no fixed order there
+        expected = pytest.approx(expected, rel=0.02)
+    assert resumed == expected
 
 
 @pytest.fixture(scope="module")
@@ -163,17 +167,17 @@ def test_adapter_files_are_as_peft_writes_them(adapter, base):
 def test_load_generate_merge_save_load(trained, adapter, base, tmp_path):
     """The reloaded adapter gives the trained model's logits; the merged model, saved and loaded plainly, nearly so."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    inputs = tokenizer(TEXTS[0], return_tensors="pt")
     model = PeftModel.from_pretrained(quantized(base), adapter)
+    inputs, start = (tokenizer(text, return_tensors="pt").to(model.device) for text in (TEXTS[0], "the small cat"))
     logits = model(**inputs).logits
     original = trained.accelerator.unwrap_model(trained.model.eval(), keep_fp32_wrapper=False)  # without autocast
     assert torch.equal(logits, original(**inputs).logits)
-    generated = model.generate(**tokenizer("the small cat", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    generated = model.generate(**start, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(generated[0]).startswith("the small cat sees a red bird")
 
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
     assert torch.equal(loaded(**inputs).logits, merged(**inputs).logits)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     # merging rounds to bfloat16 once: 2**-9 of each weight, here and there over two layers

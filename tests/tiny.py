@@ -62,4 +62,4 @@ def randomize(model: nn.Module, seed: int = 1) -> None:
         if parameter.requires_grad:
             generator = torch.Generator().manual_seed(seed + sum(map(ord, name.rpartition("layers.")[2])))
             noise = torch.randn(parameter.shape, generator=generator) * 0.1
-            parameter.data.add_(noise.to(parameter.dtype))
+            parameter.data.add_(noise.to(parameter))

@@ -52,8 +52,8 @@ def test_the_result_loads_in_plain_transformers(places, tmp_path, capsys, base):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     quantization = {"quantization_config": config} if base == "dequantized" else {}
     unmerged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, **quantization), adapter)
-    inputs = AutoTokenizer.from_pretrained(out)("in a in 123", return_tensors="pt")
-    expected, got = unmerged(**inputs).logits, merged.float()(**inputs).logits
+    inputs = AutoTokenizer.from_pretrained(out)("in a in 123", return_tensors="pt").to(unmerged.device)
+    expected, got = unmerged(**inputs).logits, merged.float().to(unmerged.device)(**inputs).logits
     # bfloat16 keeps 8 bits of each weight and of everything else in the model, over two layers
     assert (got - expected).abs().max() < 2**-6 * expected.abs().max()
 

@@ -49,13 +49,21 @@ def same(model, loss, expected):
         torch.testing.assert_close(grad, wanted[name], rtol=1e-4, atol=1e-5 * wanted[name].abs().max().item())
 
 
+class Wrapper(torch.nn.Module):
+    """As those of torch.nn.parallel."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
-@pytest.mark.parametrize("wrap", ["bare", "lora", "module"])
+@pytest.mark.parametrize("wrap", [lambda model: model, lora, lambda model: Wrapper(lora(model))])
 def test_equals_the_models_own_loss(num_items, wrap):
-    model = tiny_model.model()
-    model = {"bare": lambda: model, "lora": lambda: lora(model), "module": lambda: torch.nn.DataParallel(lora(model))}[
-        wrap
-    ]()
+    model = wrap(tiny_model.model())
     ids, labels = batch()
     expected = model(input_ids=ids, labels=labels, num_items_in_batch=num_items).loss
     same(model, causal_lm_loss(model, labels, num_items, input_ids=ids, chunk=3), expected)

@@ -25,6 +25,7 @@ SETTINGS = {
     "bnb_4bit_compute_dtype": torch.bfloat16,
 }
 IDS = torch.arange(20)[None]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def llama(**kwargs):
@@ -46,7 +47,7 @@ def load(path, **kwargs):
 
 def logits(model):
     with torch.no_grad():
-        return model(IDS).logits
+        return model(IDS.to(model.device)).logits.cpu()
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_loading_quantizes_every_linear_layer_but_the_head(base, device_map):
     kinds = {name: type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert kinds.pop("lm_head") is OutputLayer
     assert len(kinds) == 14 and set(kinds.values()) == {Linear4bit}
-    source = transformers.AutoModelForCausalLM.from_pretrained(base)
+    source = transformers.AutoModelForCausalLM.from_pretrained(base).to(model.device)
     for name in kinds:
         packed, state = quant.quantize_4bit(source.get_submodule(name).weight.detach(), 64, "nf4", True)
         weight = model.get_submodule(name).weight
@@ -99,21 +100,23 @@ def test_saving_and_loading(tied, tmp_path):
     assert saved["quant_method"] == "bitsandbytes" and saved["load_in_4bit"] is True
 
 
-def test_checkpoints_equal_bitsandbytes(base, tmp_path, without_registration):
-    """Same files, byte for byte; each loads the other's to the same dequantized weights."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_checkpoints_equal_bitsandbytes(base, tmp_path, without_registration, device):
+    """Same files, byte for byte, quantized where theirs are; each loads the other's to the same dequantized weights."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    place = {"device_map": {"": device}}
     theirs = AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=transformers.BitsAndBytesConfig(**SETTINGS), device_map="auto"
+        base, quantization_config=transformers.BitsAndBytesConfig(**SETTINGS), **place
     )
     theirs.save_pretrained(tmp_path / "theirs")
     integration.register()
-    load(base).save_pretrained(tmp_path / "ours")
+    load(base, **place).save_pretrained(tmp_path / "ours")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
 
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", **place)
     integration.unregister()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **place)
     for name, module in theirs.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             ours_weight = ours.get_submodule(name).weight
@@ -137,7 +140,7 @@ def test_transposed_layers_of_gpt2(tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = load(tmp_path)
     layer = loaded.transformer.h[0].mlp.c_fc
-    source = model.transformer.h[0].mlp.c_fc.weight.detach().t().contiguous()
+    source = model.transformer.h[0].mlp.c_fc.weight.detach().t().contiguous().to(loaded.device)
     assert type(layer) is Linear4bit and (layer.in_features, layer.out_features) == (64, 256)
     assert torch.equal(layer.weight.detach(), quant.quantize_4bit(source, 64, "nf4", True)[0])
     assert layer.bias.dtype == torch.bfloat16
@@ -236,11 +239,12 @@ def mib(field):
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)  # everything is imported now
+place = {"device_map": {"": "cpu"}, "quantization_config": config}
+AutoModelForCausalLM.from_pretrained(sys.argv[1], **place)  # everything is imported now
 before = mib("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")  # forget the peak so far
-model = AutoModelForCausalLM.from_pretrained(sys.argv[2], quantization_config=config, device_map="auto")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[2], **place)
 states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
 scales = sum(s.absmax.nbytes + s.state2.absmax.nbytes + s.state2.code.nbytes for s in states)
 print(mib("VmHWM") - before, mib("VmRSS") - before, (model.get_memory_footprint() + scales) / 2**20)
@@ -281,7 +285,7 @@ def test_pages_of_a_file_are_dropped_and_others_kept(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_is_not_quantized_stays_in_its_file(base):
     """An embedding takes memory for the rows that are used, and none is a copy."""
-    embedding = load(base, dtype=torch.bfloat16).get_input_embeddings().weight
+    embedding = load(base, dtype=torch.bfloat16, device_map={"": "cpu"}).get_input_embeddings().weight
     with open("/proc/self/maps") as maps:
         ranges = [line.split() for line in maps if line.endswith(".safetensors\n")]
     bounds = [[int(number, 16) for number in fields[0].split("-")] for fields in ranges]

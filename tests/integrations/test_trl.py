@@ -36,7 +36,7 @@ train_dataset = Dataset.from_list([{"messages": [{"role": r, "content": c} for r
 
 def trainer(name):
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, device_map="cpu")
     torch.manual_seed(0)
     return SFTTrainer(
         model,
@@ -104,7 +104,7 @@ def test_the_merged_model_is_the_adapted_one(run):
     base, directory, done = run
     assert "merge check: largest logit difference" in done.stderr
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, device_map="cpu")
     adapted = PeftModel.from_pretrained(model, directory / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(directory / "merged")
     assert not hasattr(merged.config, "quantization_config")
