@@ -15,6 +15,7 @@ from pyqlora.lora_module import LoraModule
 from pyqlora.nn.linear4bit import Linear4bit
 from pyqlora.ops.lora_linear import lora_linear
 from pyqlora.ops.lora_rows import lora_rows
+from pyqlora.plans import Plan, plans
 from pyqlora.rows import served_rows
 from pyqlora.variants import init_embedding
 
@@ -32,12 +33,20 @@ class Linear(LoraModule):
         return tuple(self.get_base_layer().weight.shape) if self.fan_in_fan_out else super().base_features()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = plans()
+        plan = None if kept is None or args or kwargs else kept.get(self)
+        if plan is not None and plan.holds(self, x):
+            return plan.call(x)
         base = self._modules["base_layer"]
         plain = isinstance(base, Linear4bit) and not (args or kwargs or served_rows())
         names = self.updating() if plain and not is_watched(base) else ()
         if len(names) == 1 and not (self.use_dora[names[0]] or self.lora_bias[names[0]]):
             a, b, scaling = self.factors_and_scaling(names[0])
-            result = base.forward_with_update(x, a, b, scaling, self.dropout_of(names[0]))
+            dropout = self.dropout_of(names[0])
+            if kept is not None and not dropout and (call := base.prepared_with_update(x, a, b, scaling)):
+                kept[self] = Plan(self, names[0], x, call)
+                return call(x)
+            result = base.forward_with_update(x, a, b, scaling, dropout)
             if result is not None:
                 return result
         return super().forward(x, *args, **kwargs)

@@ -25,6 +25,7 @@ from pyqlora.conversion import as_plain_lora, splitting_method
 from pyqlora.gradient_check import check_first_backward
 from pyqlora.integrations import adopt
 from pyqlora.model_card import write_model_card
+from pyqlora.plans import keeping_plans
 from pyqlora.tuner import LoraModel
 from pyqlora.turns import in_turn
 
@@ -114,11 +115,14 @@ class PeftModel(nn.Module):
         self._gradient_checked = True
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The wrapped model's generate; `adapter_names` as in forward."""
+        """The wrapped model's generate; `adapter_names` as in forward.
+
+        On a CPU, adapted layers find their parameters once in a call: see `pyqlora.plans`.
+        """
         model = self.get_base_model()
         if "generation_config" in self.__dict__:
             model.generation_config = self.generation_config
-        with self.base_model.rows(adapter_names, kwargs.get("num_beams")):
+        with self.base_model.rows(adapter_names, kwargs.get("num_beams")), keeping_plans():
             return model.generate(*args, **kwargs)
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from pyqlora.nn.module4bit import Module4bit
 from pyqlora.nn.params4bit import Params4bit
 from pyqlora.ops.linear_4bit import linear_4bit
-from pyqlora.ops.lora_linear_4bit import lora_linear_4bit, serves
+from pyqlora.ops.lora_linear_4bit import lora_linear_4bit, prepared, serves
 from pyqlora.quant import packed_bytes
 
 
@@ -95,6 +97,21 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         with torch._C.DisableTorchFunctionSubclass():
             weight = packed_bytes(self._parameters["weight"]), *state.scales(), state.blocksize, state.quant_type
             return lora_linear_4bit(x, weight, state.shape, self._parameters["bias"], a, b, scaling, dropout)
+
+    def prepared_with_update(
+        self, x: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> Callable[[Tensor], Tensor] | None:
+        """`forward_with_update` for x like this one; None where it has to look at the parameters each time.
+
+        See `pyqlora.ops.lora_linear_4bit.prepared`.
+        """
+        computed = not (isinstance(a, torch.nn.Parameter) and isinstance(b, torch.nn.Parameter))  # for this call
+        if computed or torch.is_grad_enabled() or self._casts(x.dtype) or not (x.is_cpu and serves(x, a, b)):
+            return None
+        state = self._state()
+        with torch._C.DisableTorchFunctionSubclass():
+            weight = packed_bytes(self._parameters["weight"]), *state.scales(), state.blocksize, state.quant_type
+            return prepared(x, a, b, self._parameters["bias"], weight, state.shape, scaling)
 
 
 class LinearFP4(Linear4bit):

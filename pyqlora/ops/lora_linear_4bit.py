@@ -7,10 +7,13 @@ that of W in place. x is all that is kept of its size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyqlora import _C
 from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda
 from pyqlora.ops.backend import is_plain, native, on_gpu
 from pyqlora.ops.selective_checkpointing import completed, kept
@@ -45,6 +48,29 @@ def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -
     )
     # fmt: on
     return y, h
+
+
+def prepared(x, a, b, bias, weight, shape, scaling) -> Callable[[Tensor], Tensor] | None:
+    """`forward` without dropout for any x like this one; None where that is not the CPU kernels' call on these tensors.
+
+    What is written to the tensors later counts; memory that replaces theirs does not.
+    """
+    n, k = shape
+    module, _ = native(x)
+    *scales, nested_blocksize, blocksize, quant_type = weight
+    tensors = (*scales, bias, a, b)
+    if module is not _C.cpu or not all(t is None or t.is_contiguous() for t in tensors):
+        return None
+    # Detached: their memory then stays while it is used, whatever becomes of the parameters.
+    *scales, bias, a, b = (None if t is None else t.detach() for t in tensors)
+    run = module.LoraLinear4bit(*scales, nested_blocksize, bias, n, k, blocksize, quant_type, a, b, scaling).run
+
+    def call(x: Tensor) -> Tensor:
+        y = x.new_empty(*linear_4bit.result_shape("x", x, k, n))
+        run(x.contiguous(), y, linear_4bit.is_rounded(x, k, blocksize), torch.get_num_threads())
+        return y
+
+    return call
 
 
 def backward(dy, x, h, a, b, weight, shape, scaling, dropout, seed, need_x, need_a):

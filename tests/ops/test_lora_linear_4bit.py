@@ -167,3 +167,29 @@ def test_layers_use_it(backend, monkeypatch):
         handle.remove()
         assert not used
         assert (fused.double() - apart.double()).abs().max() <= 2**-6 * apart.double().abs().max()
+
+
+@torch.no_grad()
+def test_prepared_gives_the_same_bits_from_the_tensors_as_they_are_then(backend):
+    n, k = 40, 64
+    weight, _ = weight_of(n, k, backend.device)
+    g = torch.Generator().manual_seed(0)
+    x, a, b, bias = (
+        torch.randn(shape, generator=g).bfloat16().to(backend.device) for shape in ((2, 3, k), (3, k), (n, 3), (n,))
+    )
+    call = module.prepared(x, a, b, bias, weight, [n, k], 0.5)
+    assert (call is None) == (backend.name != "cpu")
+    assert module.prepared(x, a, b.T.contiguous().T, bias, weight, [n, k], 0.5) is None
+    if call is None:
+        return
+    for rows in (x, x[:, 1:], x[:0], x[0, 0]):
+        assert torch.equal(call(rows), lora_linear_4bit(rows, weight, [n, k], bias, a, b, 0.5))
+    before = call(x)
+    b.mul_(2)
+    assert torch.equal(call(x), lora_linear_4bit(x, weight, [n, k], bias, a, b, 0.5)) and not torch.equal(
+        call(x), before
+    )
+    with pytest.raises(ValueError, match=r"linear_4bit: x: expected a last dimension of 64, got shape \[2, 32\]"):
+        call(x.view(-1, 32)[:2])
+    with pytest.raises(ValueError, match="linear_4bit: y: expected 240 elements, got 0"):
+        _C.cpu.LoraLinear4bit(*weight[:6], bias, n, k, *weight[6:], a, b, 0.5).run(x, x.new_empty(0), False, 1)
