@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_loaded_models_have_it(tmp_path, calls):
 
     tiny.llama(tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     config = pyqlora.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    load = transformers.AutoModelForCausalLM.from_pretrained
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, device_map="cpu")
     model = load(tmp_path / "model", quantization_config=config).eval()
     assert type(model.lm_head) is OutputLayer and model.lm_head.weight is model.model.embed_tokens.weight
     ids = torch.arange(1, 9)[None]
