@@ -20,6 +20,8 @@ _override: tuple[Any, int] | None = None
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
+# As torch.cuda.current_stream(device).cuda_stream, which takes longer than a kernel's launch. Not in a torch for CPUs.
+_stream_of = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def native(tensor: torch.Tensor) -> tuple[Any, int]:
@@ -33,15 +35,14 @@ def native(tensor: torch.Tensor) -> tuple[Any, int]:
         return _override
     if tensor.is_cpu:
         return _C.cpu, torch.get_num_threads()
-    device = tensor.device
-    if device.type != "cuda":
-        raise ValueError(f"pyqlora has kernels for cpu and cuda tensors, got one on {device}")
+    if not tensor.is_cuda:
+        raise ValueError(f"pyqlora has kernels for cpu and cuda tensors, got one on {tensor.device}")
     if not _C.with_cuda:
         raise RuntimeError(
             "this build of pyqlora has no CUDA kernels: reinstall it where nvcc is on PATH "
             "(pip install --force-reinstall --no-binary pyqlora pyqlora)"
         )
-    return _C.cuda, torch.cuda.current_stream(device).cuda_stream
+    return _C.cuda, _stream_of(tensor.get_device())
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:

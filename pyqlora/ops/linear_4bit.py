@@ -97,7 +97,7 @@ def backward(dy: Tensor, *weight_shape) -> Tensor:
     whole = result_shape("dy", dy, n, k)
     module, context = native(dy)
     if module is not _C.cpu:
-        return torch.matmul(dy, linear_4bit_cuda.whole(weight, shape, dy.dtype))
+        return torch.matmul(dy, linear_4bit_cuda.whole(weight, shape, dy))
     dx = dy.new_empty(whole)
     module.linear_4bit_backward(dy.contiguous(), *weight[:6], dx, n, k, *weight[6:], context)
     return dx

@@ -129,10 +129,11 @@ def mma(
 
 def dequantize(x: Tensor, weight: tuple, shape: list[int], bias: Tensor | None) -> Tensor:
     """W in x's dtype, then torch's GEMM."""
-    return torch.nn.functional.linear(x, whole(weight, shape, x.dtype), None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(x, whole(weight, shape, x), None if bias is None else bias.to(x.dtype))
 
 
-def whole(weight: tuple, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """W [N, K] decoded in one launch, into memory that torch's allocator hands out again on the same stream."""
-    out = weight[0].new_empty(tuple(shape), dtype=dtype)
-    return dequantize_4bit_into(out, *weight, math.prod(shape))
+def whole(weight: tuple, shape: list[int], x: Tensor) -> Tensor:
+    """W [N, K] decoded to x's dtype in one launch, into memory that torch's allocator hands out again on the same
+    stream."""
+    n, k = shape
+    return dequantize_4bit_into(x.new_empty(n, k), *weight, n * k)

@@ -94,9 +94,10 @@ def draw_seed(x: Tensor, dropout: float) -> Tensor | None:
 
 def down(x: Tensor, a: Tensor, scaling: float, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     """h = scaling · drop(x)·Aᵀ [M, r] in `dtype`; here drop also scales."""
-    rows, scale = x.reshape(-1, x.shape[-1]), scaling / (1.0 - dropout)
+    scale = scaling / (1.0 - dropout)
     if x.dtype == dtype and on_gpu.serves(x):
-        return on_gpu.down(rows, [a], [scale], seed, dropout)[0] if seed is not None else shared.down(x, a, scale)
+        return shared.down(x, a, scale, seed, dropout)
+    rows = x.reshape(-1, x.shape[-1])
     if on_cpu.serves(x, a):
         return on_cpu.down(rows, [a], [scale], seed, dropout)[0]
     return torch.mm(dropped(rows, seed, dropout, dtype), a.to(dtype).t()).mul_(scale)
@@ -119,22 +120,22 @@ def add_up(base: Tensor, h: Tensor, b: Tensor, inplace: bool) -> Tensor:
 
 def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a=True, need_b=True, dx=None):
     """(dx, dA, dB) of the update, None where not needed; onto a given `dx`, which is contiguous."""
-    rows, g, scale = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), scaling / (1.0 - dropout)
+    scale = scaling / (1.0 - dropout)
     da = db = None
-    kernels = on_gpu if h.dtype == g.dtype and on_gpu.serves(g, x) else on_cpu
-    if kernels is on_gpu or on_cpu.serves(g, x, h, a, b):
-        g = g.contiguous()
+    kernels = on_gpu if h.dtype == dy.dtype and on_gpu.serves(dy, x) else on_cpu
+    if kernels is on_gpu or on_cpu.serves(dy, x, h, a, b):
+        g = dy.contiguous()
         if need_b:
             gb, db = kernels.backward(g, b, h, scale)
         elif need_x or need_a:
             (gb,) = kernels.down(g, [b.t()], [scale])
         if need_a:
-            da = kernels.backward_a(rows.contiguous(), a, gb, seed, dropout)
+            da = kernels.backward_a(x.contiguous(), a, gb, seed, dropout)
         if need_x:
             out = x.new_empty(x.shape) if dx is None else dx
             dx = kernels.up(gb, [a.t()], out, seed, dropout, accumulate=dx is not None)
         return dx, da, db
-    g = g.to(dtype)
+    rows, g = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(dtype)
     if need_b:
         db = torch.mm(g.t(), h).to(b.dtype)
     if need_x or need_a:

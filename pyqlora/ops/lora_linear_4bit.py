@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyqlora import _C
-from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda
+from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda, lora_shared_cuda
 from pyqlora.ops.backend import is_plain, native, on_gpu
 from pyqlora.ops.selective_checkpointing import completed, kept
 
@@ -26,8 +26,14 @@ def serves(x: Tensor, a: Tensor, b: Tensor) -> bool:
     if not is_plain(x):
         return False
     if on_gpu(x):
-        return not torch.is_autocast_enabled(x.device.type) and lora_linear_cuda.serves(x)
+        return lora_linear_cuda.serves(x) and _autocast_leaves(x)
     return x.is_cpu and x.dtype in _FLOATS and a.dtype in _FLOATS and b.dtype in _FLOATS
+
+
+def _autocast_leaves(x: Tensor) -> bool:
+    """Whether autocast, if it is on, computes with x in the dtype that it has."""
+    device = x.device.type
+    return not torch.is_autocast_enabled(device) or torch.get_autocast_dtype(device) == x.dtype
 
 
 def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -> tuple[Tensor, Tensor | None]:
@@ -35,7 +41,7 @@ def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -
     n, k = shape
     whole = linear_4bit.result_shape("x", x, k, n)
     if on_gpu(x):
-        h = lora_linear.down(x, a, scaling, dropout, seed, lora_linear.update_dtype(x, a))
+        h = lora_shared_cuda.down(x, a, scaling / (1.0 - dropout), seed, dropout)
         return linear_4bit_cuda.forward(x, weight, shape, bias, (h, b.contiguous())), h
     *packed_and_scales, blocksize, quant_type = weight
     y = x.new_empty(*whole)

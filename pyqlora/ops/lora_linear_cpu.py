@@ -21,11 +21,13 @@ def serves(*tensors: Tensor) -> bool:
 def down(
     x: Tensor, a: list[Tensor], scales: list[float], seed: Tensor | None = None, dropout: float = 0.0
 ) -> list[Tensor]:
-    """scale · drop(x)·Aᵀ, float32 [M, r], for each of the factors [r, K]; x is [M, K]. The dropped x is not scaled."""
+    """scale · drop(x)·Aᵀ, float32 [M, r], for each of the factors [r, K]; x is [..., K], M rows. The dropped x is not
+    scaled."""
     module, context = native(x)
-    x, sums = x.contiguous(), [x.new_empty((len(x), len(factor)), dtype=torch.float32) for factor in a]
+    k = x.size(-1)
+    x, sums = x.contiguous(), [x.new_empty((x.numel() // k, len(factor)), dtype=torch.float32) for factor in a]
     for factor, scale, s in zip(a, scales, sums, strict=True):
-        module.lora_down(x, [factor.contiguous()], x.shape[1], [scale], None, seed, dropout, s, None, context)
+        module.lora_down(x, [factor.contiguous()], k, [scale], None, seed, dropout, s, None, context)
     return sums
 
 
@@ -39,16 +41,16 @@ def up(
 
 
 def backward(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(scale · dy·B, float32 [M, r], and dyᵀ·s [N, r] in B's dtype), for dy [M, N]."""
+    """(scale · dy·B, float32 [M, r], and dyᵀ·s [N, r] in B's dtype), for dy [..., N], M rows."""
     ds, db = torch.empty_like(s), torch.empty_like(b, memory_format=torch.contiguous_format)
     module, context = native(dy)
-    module.lora_backward(dy, b.contiguous(), s, scale, None, 0.0, ds, db, False, None, None, dy.shape[1], context)
+    module.lora_backward(dy, b.contiguous(), s, scale, None, 0.0, ds, db, False, None, None, dy.size(-1), context)
     return ds, db
 
 
 def backward_a(x: Tensor, a: Tensor, ds: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    """dsᵀ·drop(x) [r, K], like A."""
+    """dsᵀ·drop(x) [r, K], like A, for x [..., K]."""
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
     module, context = native(x)
-    module.lora_backward(x, None, ds, 1.0, seed, dropout, None, da, True, None, None, x.shape[1], context)
+    module.lora_backward(x, None, ds, 1.0, seed, dropout, None, da, True, None, None, x.size(-1), context)
     return da

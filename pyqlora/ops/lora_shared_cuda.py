@@ -19,7 +19,6 @@ import weakref
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pyqlora.ops import lora_linear_cuda as kernels
 from pyqlora.ops.backend import native
@@ -28,22 +27,31 @@ from pyqlora.ops.backend import native
 class _Pass:
     """The pass over x that a leader began."""
 
-    def __init__(self, x: Tensor, leader: Tensor):
+    def __init__(self, x: Tensor, leader: _Leader):
         self.products: dict[int, tuple[weakref.ref, tuple, Tensor]] = {}  # by id: the follower, what must hold of it
         self.expected: set[int] = set()  # ids of the followers that were not asked for yet
         products = self.products
+        self.leader = leader
         self.x = weakref.ref(x, lambda _: products.clear())
-        self.leader = weakref.ref(leader)
         self.state = _state(x)
 
     def covers(self, x: Tensor) -> bool:
         return self.x() is x and self.state == _state(x)
 
 
+class _Leader:
+    """A factor that began a pass, and who asked for the same x after it."""
+
+    def __init__(self, factor: Tensor, leaders: dict[int, _Leader]):
+        key = id(factor)
+        self.factor = weakref.ref(factor, lambda _: leaders.pop(key, None))
+        self.followers: dict[int, tuple[weakref.ref, float]] = {}  # by id, with their scales
+
+
 class _Thread(threading.local):
     def __init__(self):
         self.current: _Pass | None = None
-        self.followers = WeakIdKeyDictionary()  # leader -> {id: (weak reference to a follower, its scale)}
+        self.leaders: dict[int, _Leader] = {}  # by id
 
 
 _thread = _Thread()
@@ -64,38 +72,39 @@ def _can_share(x: Tensor, a: Tensor) -> bool:
     )
 
 
-def down(x: Tensor, a: Tensor, scale: float) -> Tensor:
-    """scale · x·Aᵀ [M, r] of x [..., K] and a factor A [r, K], as `lora_linear_cuda.down` computes it."""
-    rows = x.reshape(-1, x.shape[-1])
-    if not _can_share(x, a):
-        return kernels.down(rows, [a], [scale])[0]
+def down(x: Tensor, a: Tensor, scale: float, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """scale · drop(x)·Aᵀ [M, r] of x [..., K] and a factor A [r, K], as `lora_linear_cuda.down` computes it.
+
+    Nothing is shared under dropout, where every projection has a mask of its own.
+    """
+    if seed is not None or not _can_share(x, a):
+        return kernels.down(x, [a], [scale], seed, dropout)[0]
     current = _thread.current
-    if current is None or not current.covers(x) or current.leader() is a:
-        return _lead(x, rows, a, scale)
+    if current is None or not current.covers(x) or current.leader.factor() is a:
+        return _lead(x, a, scale)
     current.expected.discard(id(a))
     if (found := current.products.pop(id(a), None)) is not None:
         follower, identity, product = found
         if follower() is a and identity == _identity(a, scale):
             return product
-    leader = current.leader()
-    if leader is not None:
-        _thread.followers.setdefault(leader, {})[id(a)] = weakref.ref(a), scale
-    return kernels.down(rows, [a], [scale])[0]
+    current.leader.followers[id(a)] = weakref.ref(a), scale
+    return kernels.down(x, [a], [scale])[0]
 
 
-def _lead(x: Tensor, rows: Tensor, a: Tensor, scale: float) -> Tensor:
+def _lead(x: Tensor, a: Tensor, scale: float) -> Tensor:
     """A new pass, with the followers of `a`."""
-    if (before := _thread.current) is not None and (leader := before.leader()) is not None:
-        followers = _thread.followers.get(leader, {})
+    if (before := _thread.current) is not None:
         for missed in before.expected:
-            followers.pop(missed, None)
-    current = _thread.current = _Pass(x, a)
+            before.leader.followers.pop(missed, None)
+    leaders = _thread.leaders
+    leader = leaders.get(id(a)) or leaders.setdefault(id(a), _Leader(a, leaders))
+    current = _thread.current = _Pass(x, leader)
     shared = [(a, scale)]
-    for follower, its_scale in _thread.followers.get(a, {}).values():
+    for follower, its_scale in leader.followers.values():
         factor = follower()
         if factor is not None and _fits(factor, a) and len(shared) < kernels.MAX_ADAPTERS:
             shared.append((factor, its_scale))
-    own, *others = kernels.down(rows, *map(list, zip(*shared, strict=True)))
+    own, *others = kernels.down(x, *map(list, zip(*shared, strict=True)))
     for (factor, its_scale), product in zip(shared[1:], others, strict=True):
         current.expected.add(id(factor))
         current.products[id(factor)] = weakref.ref(factor), _identity(factor, its_scale), product

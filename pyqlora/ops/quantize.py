@@ -77,7 +77,7 @@ def dequantize_4bit_into(
     Raises:
         ValueError: `out` has other strides, or a tensor does not fit the others.
     """
-    module, context = native(packed)
+    module, context = native(out)
     module.dequantize_4bit(
         packed,
         absmax,

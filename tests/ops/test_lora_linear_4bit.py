@@ -148,16 +148,26 @@ def test_keeps_only_x(backend):
     assert len(large) == 1 and large[0].data_ptr() == x.data_ptr()
 
 
-def test_layers_use_it(backend, monkeypatch):
+@pytest.fixture
+def used(monkeypatch):
+    """A list that grows with each call that is to have gradients."""
+    calls, apply = [], module._LoraLinear4bit.apply
+    monkeypatch.setattr(module._LoraLinear4bit, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    return calls
+
+
+def adapted_layer(device):
     from pyqlora import LoraConfig, get_peft_model
     from pyqlora.nn import LinearNF4
 
-    used = []
-    apply = module._LoraLinear4bit.apply
-    monkeypatch.setattr(module._LoraLinear4bit, "apply", lambda *inputs: used.append(1) or apply(*inputs))
     torch.manual_seed(0)
-    layer = LinearNF4(64, 32, compute_dtype=torch.bfloat16).to(backend.device)
+    layer = LinearNF4(64, 32, compute_dtype=torch.bfloat16).to(device)
     model = get_peft_model(torch.nn.Sequential(layer), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    return layer, model
+
+
+def test_layers_use_it(backend, used):
+    layer, model = adapted_layer(backend.device)
     for rows in (3, 80):
         x = torch.randn(rows, 64, dtype=torch.bfloat16, device=backend.device)
         fused = model(x)
@@ -193,3 +203,28 @@ def test_prepared_gives_the_same_bits_from_the_tensors_as_they_are_then(backend)
         call(x.view(-1, 32)[:2])
     with pytest.raises(ValueError, match="linear_4bit: y: expected 240 elements, got 0"):
         _C.cpu.LoraLinear4bit(*weight[:6], bias, n, k, *weight[6:], a, b, 0.5).run(x, x.new_empty(0), False, 1)
+
+
+@pytest.mark.parametrize("rows", [3, 80])
+def test_layers_use_it_under_autocast(backend, used, rows):
+    """Where x has autocast's dtype nothing is cast, nor another function taken."""
+    _, model = adapted_layer(backend.device)
+
+    def run(dtype=None):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)).bfloat16().to(backend.device)
+        with torch.autocast(backend.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            y = model(x.requires_grad_())
+        y.float().square().sum().backward()
+        factors = [p for p in model.parameters() if p.requires_grad]
+        results = [y, x.grad, *(p.grad for p in factors)]
+        for p in factors:
+            p.grad = None
+        return results
+
+    plain, same = run(), run(torch.bfloat16)
+    assert used == [1, 1]
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+    other = run(torch.float16)
+    assert len(used) == (3 if backend.name == "cpu" else 2)  # on the CPU autocast lowers nothing
+    for a, b in zip(plain, other, strict=True):
+        assert a.dtype == b.dtype and (a.double() - b.double()).abs().max() <= 2**-5 * a.double().abs().max()
