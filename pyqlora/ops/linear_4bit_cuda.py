@@ -55,14 +55,14 @@ def forward(
 
     `update` is (s [M, r] in x's dtype, B [N, r]): s·Bᵀ is added, inside the kernel or onto its result.
     """
-    x = x.contiguous()
+    x, (n, k) = x.contiguous(), shape
     aligned = (x.data_ptr() | weight[0].data_ptr()) % 16 == 0
-    way = choose(math.prod(x.shape[:-1]), *shape, weight[6], x.dtype, aligned, gpu_of(x.device)[0])
+    way = choose(x.numel() // k, n, k, weight[6], x.dtype, aligned, gpu_of(x.device)[0])
     if update is not None and way == "mma":
         return mma(x, weight, shape, bias, update)
     y = {"simt": simt, "mma": mma, "dequantize": dequantize}[way](x, weight, shape, bias)
     if update is not None:
-        y.view(-1, shape[0]).addmm_(update[0], update[1].to(y.dtype).t())
+        y.view(-1, n).addmm_(update[0], update[1].to(y.dtype).t())
     return y
 
 

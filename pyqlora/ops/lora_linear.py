@@ -13,6 +13,8 @@ y. The scale is folded into h. Arithmetic runs in one dtype, and y is rounded on
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -148,14 +150,20 @@ def gradients(dy, x, h, a, b, scaling, dropout, seed, dtype, need_x=True, need_a
     return dx, da, db
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Each product in the dtype of its operands. Where autocast is off anyway nothing is switched, which takes time."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _forward(base, x, a, b, scaling, dropout, seed, dtype, inplace=False):
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         h = down(x, a, scaling, dropout, seed, dtype)
         return add_up(base, h, b, inplace), h
 
 
 def _backward(dy, x, h, a, b, scaling, dropout, seed, dtype):
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         return gradients(dy, x, h, a, b, scaling, dropout, seed, dtype)
 
 
@@ -196,7 +204,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, a, b, seed = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:4]
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             grads = gradients(dy, x, h, a, b, ctx.scaling, ctx.dropout, seed, ctx.dtype, *needs)
         return dy if need_base else None, *grads, None, None, None, None, None
 

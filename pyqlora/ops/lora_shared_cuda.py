@@ -27,16 +27,15 @@ from pyqlora.ops.backend import native
 class _Pass:
     """The pass over x that a leader began."""
 
-    def __init__(self, x: Tensor, leader: _Leader):
+    def __init__(self, x: Tensor, state: tuple, leader: _Leader):
         self.products: dict[int, tuple[weakref.ref, tuple, Tensor]] = {}  # by id: the follower, what must hold of it
         self.expected: set[int] = set()  # ids of the followers that were not asked for yet
         products = self.products
+        self.x, self.state = weakref.ref(x, lambda _: products.clear()), state
         self.leader = leader
-        self.x = weakref.ref(x, lambda _: products.clear())
-        self.state = _state(x)
 
-    def covers(self, x: Tensor) -> bool:
-        return self.x() is x and self.state == _state(x)
+    def covers(self, x: Tensor, state: tuple) -> bool:
+        return self.x() is x and self.state == state
 
 
 class _Leader:
@@ -79,9 +78,9 @@ def down(x: Tensor, a: Tensor, scale: float, seed: Tensor | None = None, dropout
     """
     if seed is not None or not _can_share(x, a):
         return kernels.down(x, [a], [scale], seed, dropout)[0]
-    current = _thread.current
-    if current is None or not current.covers(x) or current.leader.factor() is a:
-        return _lead(x, a, scale)
+    current, state = _thread.current, _state(x)
+    if current is None or not current.covers(x, state) or current.leader.factor() is a:
+        return _lead(x, state, a, scale)
     current.expected.discard(id(a))
     if (found := current.products.pop(id(a), None)) is not None:
         follower, identity, product = found
@@ -91,14 +90,16 @@ def down(x: Tensor, a: Tensor, scale: float, seed: Tensor | None = None, dropout
     return kernels.down(x, [a], [scale])[0]
 
 
-def _lead(x: Tensor, a: Tensor, scale: float) -> Tensor:
+def _lead(x: Tensor, state: tuple, a: Tensor, scale: float) -> Tensor:
     """A new pass, with the followers of `a`."""
     if (before := _thread.current) is not None:
         for missed in before.expected:
             before.leader.followers.pop(missed, None)
     leaders = _thread.leaders
     leader = leaders.get(id(a)) or leaders.setdefault(id(a), _Leader(a, leaders))
-    current = _thread.current = _Pass(x, leader)
+    current = _thread.current = _Pass(x, state, leader)
+    if not leader.followers:
+        return kernels.down(x, [a], [scale])[0]
     shared = [(a, scale)]
     for follower, its_scale in leader.followers.values():
         factor = follower()
