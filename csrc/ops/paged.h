@@ -39,8 +39,9 @@ class PagedMemory {
 
     // To the GPU, after all that `stream` was given so far.
     void fetch(const TensorRef& slot, void* stream);
-    // Back to the host, likewise.
-    void page_out(const TensorRef& slot, void* stream);
+    // All that `stream` was given so far is done with it: a slot is copied back, and unified memory stays on the GPU
+    // until the driver needs the room there.
+    void finish(const TensorRef& slot, void* stream);
     // What `stream` is given from now on comes after the last move.
     void join(void* stream);
     // The host waits for the last move.
@@ -51,14 +52,15 @@ class PagedMemory {
     bool managed() const { return managed_; }
 
   private:
-    void move(const TensorRef& slot, bool to_gpu, void* stream);
+    void check_slot(const TensorRef& slot) const;
+    void* begin_move(void* stream);
     void release();
 
     void* data_ = nullptr;
     int64_t bytes_;
     int device_;
     bool managed_ = false;
-    void *given_ = nullptr, *moved_ = nullptr;  // events: what the stream had been given, the last move
+    void *given_ = nullptr, *moved_ = nullptr;  // events: what the stream had been given, the last move or finish
 };
 
 }  // namespace cuda

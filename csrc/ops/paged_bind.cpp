@@ -28,7 +28,7 @@ void bind_memory(py::module_& m) {
     py::class_<PagedMemory>(m, "PagedMemory", py::buffer_protocol(), py::module_local(), "Zeros that a GPU pages.")
         .def(py::init<int64_t, int>(), "bytes"_a, "device"_a, Released())
         .def("fetch", [=](PagedMemory& p, TensorRef slot, int64_t context) { p.fetch(slot, stream(context)); })
-        .def("page_out", [=](PagedMemory& p, TensorRef slot, int64_t context) { p.page_out(slot, stream(context)); })
+        .def("finish", [=](PagedMemory& p, TensorRef slot, int64_t context) { p.finish(slot, stream(context)); })
         .def(
             "join", [=](PagedMemory& p, int64_t context) { p.join(stream(context)); }, "context"_a)
         .def("synchronize", &PagedMemory::synchronize, Released())

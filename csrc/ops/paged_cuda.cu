@@ -45,7 +45,7 @@ PagedMemory::PagedMemory(int64_t bytes, int device) : bytes_(bytes), device_(dev
     try {
         if (managed_) {
             check_cuda(kOp, cudaMallocManaged(&data_, bytes, cudaMemAttachGlobal));
-            // Pages that did not move in time are read over the bus instead of faulting, and go back to the host first.
+            // Pages for which the GPU has no room are read over the bus instead of faulting.
             check_cuda(kOp, advise(data_, bytes, cudaMemAdviseSetPreferredLocation, cudaCpuDeviceId));
             check_cuda(kOp, advise(data_, bytes, cudaMemAdviseSetAccessedBy, device));
         } else {
@@ -76,24 +76,40 @@ void PagedMemory::release() {
     if (data_) managed_ ? cudaFree(data_) : cudaFreeHost(data_);
 }
 
-void PagedMemory::fetch(const TensorRef& slot, void* stream) { move(slot, true, stream); }
-void PagedMemory::page_out(const TensorRef& slot, void* stream) { move(slot, false, stream); }
-
-void PagedMemory::move(const TensorRef& slot, bool to_gpu, void* stream) {
+void PagedMemory::check_slot(const TensorRef& slot) const {
     if (!managed_ && (!slot.defined() || slot.bytes() < bytes_))
         bad_argument(kOp, "slot", "a tensor of " + std::to_string(bytes_) + " bytes",
                      slot.defined() ? std::to_string(slot.bytes()) : "None");
-    const DeviceGuard guard(kOp, device_);
+}
+
+// The stream of moves, which waits for what the caller's was given so far.
+void* PagedMemory::begin_move(void* stream) {
     const cudaStream_t own = moves(device_);
     check_cuda(kOp, cudaEventRecord(event(given_), static_cast<cudaStream_t>(stream)));
     check_cuda(kOp, cudaStreamWaitEvent(own, event(given_), 0));
+    return own;
+}
+
+void PagedMemory::fetch(const TensorRef& slot, void* stream) {
+    check_slot(slot);
+    const DeviceGuard guard(kOp, device_);
+    const auto own = static_cast<cudaStream_t>(begin_move(stream));
     if (managed_)
-        check_cuda(kOp, migrate(data_, bytes_, to_gpu ? device_ : cudaCpuDeviceId, own));
-    else if (to_gpu)
-        check_cuda(kOp, cudaMemcpyAsync(slot.data, data_, bytes_, cudaMemcpyHostToDevice, own));
+        check_cuda(kOp, migrate(data_, bytes_, device_, own));
     else
-        check_cuda(kOp, cudaMemcpyAsync(data_, slot.data, bytes_, cudaMemcpyDeviceToHost, own));
+        check_cuda(kOp, cudaMemcpyAsync(slot.data, data_, bytes_, cudaMemcpyHostToDevice, own));
     check_cuda(kOp, cudaEventRecord(event(moved_), own));
+}
+
+void PagedMemory::finish(const TensorRef& slot, void* stream) {
+    check_slot(slot);
+    const DeviceGuard guard(kOp, device_);
+    auto last = static_cast<cudaStream_t>(stream);
+    if (!managed_) {
+        last = static_cast<cudaStream_t>(begin_move(stream));
+        check_cuda(kOp, cudaMemcpyAsync(data_, slot.data, bytes_, cudaMemcpyDeviceToHost, last));
+    }
+    check_cuda(kOp, cudaEventRecord(event(moved_), last));
 }
 
 void PagedMemory::join(void* stream) {

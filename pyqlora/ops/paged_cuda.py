@@ -1,4 +1,6 @@
-"""paged on a GPU: optimizer states in unified memory, or in pinned memory with copies, moved one group ahead of use."""
+"""paged on a GPU: optimizer states that come to it one group ahead of use, and leave it for the host when the driver
+needs the room (unified memory), or after each use (pinned memory with copies).
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,11 @@ class Pages:
         self._slot = slot
         self.memory.fetch(slot, native(self._param)[1])
 
-    def page_out(self) -> None:
-        """Start to move the states back to the host, after what the current stream was given."""
-        self.memory.page_out(self._slot, native(self._param)[1])
+    def finish(self) -> None:
+        """What the current stream was given is done with the states: pinned ones are copied back, and those in unified
+        memory stay until the driver needs the room.
+        """
+        self.memory.finish(self._slot, native(self._param)[1])
         self._slot = None
 
     def join(self) -> None:
@@ -65,7 +69,7 @@ class Pages:
         self.memory.join(native(self._param)[1])
 
     def on_device(self, tensor: Tensor) -> Tensor:
-        """One of `tensors` as kernels see it between `fetch` and `page_out`."""
+        """One of `tensors` as kernels see it between `fetch` and `finish`."""
         if self.memory.managed:
             return tensor
         offset = tensor.data_ptr() - self.memory.pointer
@@ -105,7 +109,7 @@ def in_turn(groups: Iterable[Pages]) -> Iterator[Pages]:
                     queue[k + 1].fetch(slots[(k + 1) % 2])
                 pages.join()
                 yield pages
-                pages.page_out()
+                pages.finish()
         finally:  # and only then are the slots free
             for pages in queue:
                 pages.join()
