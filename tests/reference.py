@@ -25,21 +25,40 @@ def _blocks(x: Tensor, blocksize: int) -> list[Tensor]:
     return list(x.flatten().float().split(blocksize))
 
 
-def quantize_4bit(x: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [(n+1)//2, 1], absmax float32 [blocks]) of a tensor that is not empty."""
+# Midpoints as bitsandbytes' CUDA code has them; those of FP4 divide magnitudes.
+GPU_BOUNDS = {
+    "nf4": [
+        -0.84809643, -0.6106329, -0.45999527, -0.33967942, -0.2346074,
+        -0.13791174, -0.045525018, 0.03979015, 0.120255254, 0.20352125,
+        0.29201376, 0.38931254, 0.5016634, 0.6427869, 0.8614784,
+    ],
+    "fp4": [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333],
+}  # fmt: skip
+
+
+def _codes(scaled: Tensor, quant_type: str, on_gpu: bool) -> Tensor:
     values, codes = table(quant_type).sort(stable=True)
-    bounds = (values[1:] + values[:-1]) / 2
+    bounds = torch.tensor(GPU_BOUNDS[quant_type]) if on_gpu else (values[1:] + values[:-1]) / 2
+    if on_gpu and quant_type == "fp4":
+        magnitudes = table("fp4")[:8].argsort()
+        return magnitudes[torch.bucketize(scaled.abs(), bounds)] + 8 * (scaled < 0)
+    return codes[torch.bucketize(scaled, bounds)]  # how many bounds are below; NaN is above all
+
+
+def quantize_4bit(x: Tensor, blocksize: int, quant_type: str, on_gpu: bool = False) -> tuple[Tensor, Tensor]:
+    """(packed uint8 [(n+1)//2, 1], absmax float32 [blocks]) of a tensor that is not empty, as bitsandbytes has it on
+    either device: the code of its CPU backend divides a last block that is not full.
+    """
     absmax, scaled = [], []
     for block in _blocks(x, blocksize):
         largest = block.abs().max()
         divisor = largest.clamp(min=TINY)
         full = len(block) == blocksize
-        absmax.append(largest if full else divisor)
-        scaled.append(block * (1.0 / divisor) if full else block / divisor)
+        absmax.append(largest if full or on_gpu else divisor)
+        scaled.append(block * (1.0 / divisor) if full or on_gpu else block / divisor)
     flat = torch.cat(scaled)
     flat = torch.nn.functional.pad(flat, (0, len(flat) % 2))
-    rank = torch.bucketize(flat, bounds)  # how many bounds are below; NaN is above all
-    code = codes[rank].to(torch.uint8)
+    code = _codes(flat, quant_type, on_gpu).to(torch.uint8)
     packed = code[0::2] << 4 | code[1::2]
     return packed.unsqueeze(1), torch.stack(absmax)
 
@@ -58,15 +77,21 @@ def dequantize_4bit(packed: Tensor, absmax: Tensor, blocksize: int, quant_type: 
     return values.to(dtype).reshape(shape)
 
 
-def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(codes uint8 like x, absmax float32 [blocks]): the nearest value, after rounding to 65536 points of [-1, 1]."""
+def quantize_blockwise(x: Tensor, code: Tensor, blocksize: int, on_gpu: bool = False) -> tuple[Tensor, Tensor]:
+    """(codes uint8 like x, absmax float32 [blocks]): the nearest value, as bitsandbytes has it on either device: on a
+    CPU after rounding to 65536 points of [-1, 1], on a GPU, halfway between two, that of even index.
+    """
     midpoints = (code[1:] + code[:-1]) * 0.5
     q, absmax = [], []
     for block in _blocks(x, blocksize):
         largest = block[~block.isnan()].abs().amax() if not block.isnan().all() else torch.tensor(0.0)
         scaled = (block * (1.0 / largest)).nan_to_num(nan=-1.0).clamp(-1, 1)
-        point = (((scaled + 1.0) * 0.5).double() * 65535.0 + 0.5).float().int()
-        rank = torch.bucketize((2 * point).float() / 65535.0 - 1.0, midpoints)
+        if on_gpu:
+            rank, last = torch.bucketize(scaled, midpoints), torch.bucketize(scaled, midpoints, right=True)
+            rank += (rank % 2) * (last > rank)
+        else:
+            point = (((scaled + 1.0) * 0.5).double() * 65535.0 + 0.5).float().int()
+            rank = torch.bucketize((2 * point).float() / 65535.0 - 1.0, midpoints)
         q.append(torch.where(largest > 0, rank, 0).to(torch.uint8))
         absmax.append(largest)
     return torch.cat(q).reshape(x.shape), torch.stack(absmax)

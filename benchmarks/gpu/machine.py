@@ -70,6 +70,18 @@ class Gpu:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
+    def graph(self, run: Callable[[], object]) -> Callable[[], object]:
+        """A function that replays what `run` launches, captured after a few runs."""
+        side = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
     def sizes(self, real, small):
         """What a benchmark uses here."""
         return small if self.tiny else real
@@ -89,6 +101,10 @@ class Rehearsal(Gpu):
 
     def synchronize(self) -> None:
         """Nothing is ever queued."""
+
+    def graph(self, run: Callable[[], object]) -> Callable[[], object]:
+        """The function itself."""
+        return run
 
     def seconds(self, run: Callable[[], object]) -> float:
         """By the host's clock."""
@@ -117,7 +133,7 @@ class Limits:
 
 def limits(gpu: Gpu) -> Limits:
     """The best of a few large copies, and of a few large matrix products."""
-    x = torch.zeros(gpu.sizes(1 << 30, 1 << 16), dtype=torch.uint8, device=gpu.device)
+    x = torch.randint(256, (gpu.sizes(1 << 30, 1 << 16),), dtype=torch.uint8, device=gpu.device)
     y = torch.empty_like(x)
     n = gpu.sizes(8192, 32)
     a, b = (torch.randn(n, n, device=gpu.device, dtype=torch.bfloat16) for _ in range(2))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.gpu import machine
 
-NAMES = ("quantize", "linear_4bit", "lora_linear", "optim", "training")
+NAMES = ("quantize", "linear_4bit", "lora_linear", "optim", "training", "decode")
 
 
 def run(gpu: machine.Gpu, names: list[str], rounds: int, file: Path | None) -> list[dict]:

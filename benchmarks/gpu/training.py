@@ -31,15 +31,17 @@ TOKENS = [(1, 512), (1, 2048), (4, 1024)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def model_in_4_bits(gpu: Gpu, linear_4bit: type[torch.nn.Module]) -> torch.nn.Module:
-    """With each projection packed as soon as it is made: no more than one layer is ever dense on the GPU."""
+def random_model(gpu: Gpu, linear_4bit: type[torch.nn.Module] | None) -> torch.nn.Module:
+    """With each projection packed as soon as it is made: no more than one layer is ever dense on the GPU. None: dense,
+    in bf16.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**gpu.sizes(LLAMA_3_8B, TINY))).to(torch.bfloat16)
     torch.manual_seed(0)
     for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in TARGETS:
+        if linear_4bit and isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in TARGETS:
             options = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
             with gpu.device:
                 packed = linear_4bit(module.in_features, module.out_features, **options).to(torch.bfloat16)
@@ -64,7 +66,7 @@ def trainer(gpu: Gpu, library: str) -> Callable[[torch.Tensor], torch.Tensor]:
         from bitsandbytes.nn import Linear4bit
         from bitsandbytes.optim import PagedAdamW8bit
         from peft import LoraConfig, get_peft_model
-    model = model_in_4_bits(gpu, Linear4bit)
+    model = random_model(gpu, Linear4bit)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS)).train()
     optimizer = PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -80,6 +82,14 @@ def trainer(gpu: Gpu, library: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return step
 
 
+def weights_of(gpu: Gpu) -> tuple[int, int]:
+    """How many the projections have, and the output layer."""
+    size = gpu.sizes(LLAMA_3_8B, TINY)
+    hidden, kv = size["hidden_size"], size["hidden_size"] * size["num_key_value_heads"] // size["num_attention_heads"]
+    layer = 2 * hidden * (hidden + kv) + 3 * hidden * size["intermediate_size"]
+    return size["num_hidden_layers"] * layer, hidden * size["vocab_size"]
+
+
 def cases(gpu: Gpu) -> Iterator[Case]:
     if not HAVE_TRANSFORMERS:
         return
@@ -87,9 +97,7 @@ def cases(gpu: Gpu) -> Iterator[Case]:
     if HAVE_PEFT:
         steps["peer"] = trainer(gpu, "peer")
     size = gpu.sizes(LLAMA_3_8B, TINY)
-    hidden, kv = size["hidden_size"], size["hidden_size"] * size["num_key_value_heads"] // size["num_attention_heads"]
-    weights = size["num_hidden_layers"] * (2 * hidden * (hidden + kv) + 3 * hidden * size["intermediate_size"])
-    weights += hidden * size["vocab_size"]
+    weights = sum(weights_of(gpu))
     for batch, length in gpu.sizes(TOKENS, [(1, 16)]):
         tokens = torch.randint(size["vocab_size"], (batch, length), device=gpu.device)
 

@@ -27,7 +27,8 @@ inline QuantType quant_type(const std::string& text) {
 
 // A type's `values` are its codes in index order. To encode x (already divided by absmax): count the `bounds` that are
 // below x; `order` turns that rank into the code. The bounds are the float32 midpoints of neighbouring values. "Below"
-// means !(x <= bound), so a NaN gets the last rank; the absmax of its block is NaN too.
+// means !(x <= bound), so a NaN gets the last rank; the absmax of its block is NaN too. The bounds and order on a GPU
+// are others, since bitsandbytes' own differ between its CPU and CUDA code.
 struct Nf4 {
     static constexpr QuantType type = QuantType::nf4;
     static constexpr float values[16] = {
@@ -55,6 +56,11 @@ struct Nf4 {
         0.5016634464263916f,   0.6427869200706482f,   0.8614784479141235f,
     };
     static constexpr uint8_t order[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static constexpr float gpu_bounds[15] = {
+        -0.84809643f, -0.6106329f, -0.45999527f, -0.33967942f, -0.2346074f, -0.13791174f, -0.045525018f, 0.03979015f,
+        0.120255254f, 0.20352125f, 0.29201376f,  0.38931254f,  0.5016634f,  0.6427869f,   0.8614784f,
+    };
+    static constexpr const uint8_t (&gpu_order)[16] = order;
 };
 
 // Sign in bit 3; magnitudes are not in code order. Code 8 is a positive zero.
@@ -85,6 +91,12 @@ struct Fp4 {
         0.4166666865348816f,    0.5833333730697632f,  0.8333333730697632f,
     };
     static constexpr uint8_t order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
+    // There |x| is compared, and -bound itself has the smaller magnitude: the negative bounds are the floats next
+    // below. What is below zero and too small for the others gets code 8.
+    static constexpr float gpu_bounds[7] = {
+        0.00260417f, 0.0859375f, 0.20833333f, 0.29166666f, 0.4166667f, 0.583333f, 0.8333333f,
+    };
+    static constexpr uint8_t gpu_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
 };
 
 }  // namespace pyqlora

@@ -1,3 +1,5 @@
+#include <iterator>
+
 #include "core/dispatch.h"
 #include "core/launch.h"
 #include "core/vector.cuh"
@@ -6,108 +8,176 @@
 namespace pyqlora::cuda {
 namespace {
 
-// Quantizing: a CUDA block of 512 threads holds 4096 elements, so that blocks of any size lie whole inside it.
+// Quantizing: 512 threads hold a tile of 4096 elements, so that blocks of any size lie whole inside it.
 constexpr int kThreads = 512, kTile = kThreads * kVector;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kTiny = 1e-38f;  // bitsandbytes' smallest divisor
+constexpr uint32_t kInfinity = 0x7f800000u;
 
 // Elements base .. base + 7, zeros from n on.
 template <class T>
-__device__ __forceinline__ void load_tail(const T* x, int64_t base, int64_t n, bool vectors, float (&v)[kVector]) {
-    if (vectors && base + kVector <= n) return load_vector(x + base, v);
+__device__ __forceinline__ Vector<T> load_tail(const T* x, int64_t base, int64_t n, bool vectors) {
+    union {
+        uint4 word[sizeof(Vector<T>) / sizeof(uint4)];
+        Vector<T> vector;
+    } u{};
+    if (vectors && base + kVector <= n) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = base + i < n ? to_float(x[base + i]) : 0.0f;
+        for (size_t i = 0; i < sizeof(Vector<T>) / sizeof(uint4); ++i)
+            u.word[i] = __ldg(reinterpret_cast<const uint4*>(x + base) + i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            if (base + i < n) u.vector.at[i] = x[base + i];
+        }
+    }
+    return u.vector;
 }
 
-// The largest of each quantization block's `key`s, given to all its threads. Called by all threads of the tile; holds
-// one barrier, which also publishes whatever the caller wrote to shared memory before.
-__device__ __forceinline__ uint32_t block_max(uint32_t key, int log2_blocksize) {
-    PYQLORA_SHARED(uint32_t[kThreads / 32], warp_max);
+// The largest of each quantization block's `key`s, given to all its threads; a key per tile. Called by all threads of
+// the CUDA block; blocks of more than a warp's elements take a barrier.
+template <int kTiles>
+__device__ __forceinline__ void block_max(uint32_t (&key)[kTiles], int log2_blocksize) {
+    PYQLORA_SHARED(uint32_t[kTiles * kThreads / 32], warp_max);
     const int threads = (1 << log2_blocksize) / kVector, warp = threadIdx.x / 32;
-    for (int lanes = 1; lanes < min(threads, 32); lanes *= 2) key = max(key, __shfl_xor_sync(kAllLanes, key, lanes));
-    if (threadIdx.x % 32 == 0) warp_max[warp] = key;
+    for (int lanes = 1; lanes < min(threads, 32); lanes *= 2) {
+#pragma unroll
+        for (uint32_t& k : key) k = max(k, __shfl_xor_sync(kAllLanes, k, lanes));
+    }
+    const int warps = threads / 32;
+    if (warps <= 1) return;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        if (threadIdx.x % 32 == 0) warp_max[tile * (kThreads / 32) + warp] = key[tile];
+    }
     __syncthreads();
-    const int warps = threads / 32;  // 0: the block lies inside this warp
-    for (int i = 0; i < warps; ++i) key = max(key, warp_max[(warp & ~(warps - 1)) + i]);
-    return key;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const uint32_t* const first = warp_max + tile * (kThreads / 32) + (warp & ~(warps - 1));
+        for (int i = 0; i < warps; ++i) key[tile] = max(key[tile], first[i]);
+    }
 }
 
-// How many of the 15 ascending bounds are below x; 15 for NaN. `bounds`: Q's, in shared memory.
-template <class Q>
-__device__ __forceinline__ int rank16(const float* bounds, float x) {
-    constexpr float middle = Q::bounds[7];
-    int rank = x <= middle ? 0 : 8;
-    rank += x <= bounds[rank + 3] ? 0 : 4;
-    rank += x <= bounds[rank + 1] ? 0 : 2;
-    return rank + (x <= bounds[rank] ? 0 : 1);
+// To encode x without a search: [-1, 1] lies in cells a sixteenth wide, none of which holds two of a type's bounds, so
+// that the cell of x leaves one bound to compare it with. A cell's entry holds that bound, or where it has none the
+// last one before it; below are the code of what is not above the bound and, in bits 8 and up, the code of what is.
+struct Cell {
+    float bound;
+    uint32_t codes;
+};
+constexpr int kCells = 64;  // 33 for [-1, 1], more above
+
+// The cell of x, times 8: its entry's offset in bytes. Rounding at its borders does no harm, as it is monotonic.
+__device__ __forceinline__ uint32_t cell_of(float x) {
+    constexpr float fine = 1024.0f, ones = 8388608.0f;  // 2^23, above which a float's last bit counts ones
+    return __float_as_uint(__fmaf_rn(x, fine, ones + fine)) >> 3 & 8 * (kCells - 1);
 }
 
 // The codes of a type in order of rank, a nibble each.
 template <class Q>
 constexpr uint64_t code_nibbles() {
     uint64_t nibbles = 0;
-    for (int rank = 0; rank < 16; ++rank) nibbles |= static_cast<uint64_t>(Q::order[rank]) << 4 * rank;
+    for (size_t rank = 0; rank < std::size(Q::gpu_order); ++rank)
+        nibbles |= static_cast<uint64_t>(Q::gpu_order[rank]) << 4 * rank;
     return nibbles;
 }
 template <class Q>
 constexpr uint64_t kCodes = code_nibbles<Q>();
-constexpr uint64_t kIdentity = 0xfedcba9876543210u;
+template <class Q>
+constexpr int kBounds = std::size(Q::gpu_bounds);
+template <class Q>
+constexpr bool kCountsUp = kCodes<Q> == 0xfedcba9876543210u;  // from -1 to 1; else magnitudes and a sign
+
+// bounds: Q's on a GPU, in ascending order.
+template <class Q>
+__device__ __forceinline__ void fill_cell(Cell* cells, uint32_t cell, const Table16& bounds) {
+    int rank = 0;
+    float bound = bounds.at[0];
+#pragma unroll
+    for (int i = 1; i < kBounds<Q>; ++i) {
+        if (cell_of(bounds.at[i]) <= 8 * cell) rank = i, bound = bounds.at[i];
+    }
+    const auto codes = static_cast<uint32_t>(kCodes<Q> >> 4 * rank);
+    cells[cell] = {bound, (codes & 15) | (codes & 240) << 4};
+}
+
+// The codes of eight elements, of which the first is the high nibble of the lowest byte. NaN gets the last rank.
+template <class Q>
+__device__ __forceinline__ uint32_t encode(const Cell* cells, const float (&v)[kVector]) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+        const float x = kCountsUp<Q> ? v[i] : fabsf(v[i]);
+        const uint2 cell = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(cells) + cell_of(x));
+        const bool above = !(x <= __uint_as_float(cell.x));
+        const int shift = 4 * (i ^ 1);
+        if constexpr (kCountsUp<Q>) {
+            word += (cell.y & 15) << shift;
+            if (above) word += 1u << shift;
+        } else {
+            word |= ((cell.y >> (above ? 8 : 0) & 15) | (v[i] < 0.0f ? 8 : 0)) << shift;
+        }
+    }
+    return word;
+}
+
+template <class T>
+constexpr int kQuantizeTiles = 8 / sizeof(T);  // of a CUDA block, which loads them all before it needs the first
 
 template <class T, class Q>
 __global__ void __launch_bounds__(kThreads)
     quantize_4bit_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed, float* __restrict__ absmax, int64_t n,
-                         int log2_blocksize, bool vectors, const __grid_constant__ Table16 table) {
-    PYQLORA_SHARED(float[16], bounds);
-    if (threadIdx.x < 16) bounds[threadIdx.x] = table.at[threadIdx.x];
-    const int64_t base = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kVector;
-    float v[kVector];
-    load_tail(x, base, n, vectors, v);
+                         int log2_blocksize, bool vectors, const __grid_constant__ Table16 bounds) {
+    constexpr int kTiles = kQuantizeTiles<T>;
+    PYQLORA_SHARED(Cell[kCells], cells);
+    if (threadIdx.x < kCells) fill_cell<Q>(cells, threadIdx.x, bounds);
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * kTiles * kTile + threadIdx.x * kVector;
+    Vector<T> loaded[kTiles];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) loaded[tile] = load_tail(x, first + tile * kTile, n, vectors);
+    __syncthreads();
     // As integers, magnitudes sort like floats, with infinity and then NaN on top: NaN spreads over its block.
-    uint32_t key = 0;
+    uint32_t key[kTiles] = {};
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) key = max(key, __float_as_uint(v[i]) & 0x7fffffffu);
-    key = block_max(key, log2_blocksize);
-    if (base >= n) return;
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+        for (const T& value : loaded[tile].at)
+            key[tile] = max(key[tile], __float_as_uint(to_float(value)) & 0x7fffffffu);
+    }
+    block_max(key, log2_blocksize);
 
-    // bitsandbytes' arithmetic: a full block is multiplied by the reciprocal of its absmax, a short last one divided.
-    const int64_t block = base >> log2_blocksize;
-    const bool full = (block + 1) << log2_blocksize <= n;
-    const float divisor = __uint_as_float(max(key, __float_as_uint(kTiny)));
-    const float factor = __fdiv_rn(1.0f, divisor);
-    if (base == block << log2_blocksize) absmax[block] = full ? __uint_as_float(key) : divisor;
-    if (full) {
 #pragma unroll
-        for (float& value : v) value = __fmul_rn(value, factor);
-    } else {
+    for (int tile = 0; tile < kTiles; ++tile) {
+        const int64_t base = first + tile * kTile;
+        if (base >= n) return;
+        const int64_t block = base >> log2_blocksize;
+        if (base == block << log2_blocksize) absmax[block] = __uint_as_float(key[tile]);
+        const float factor = __frcp_rn(__uint_as_float(max(key[tile], __float_as_uint(kTiny))));
+        float v[kVector];
 #pragma unroll
-        for (int i = 0; i < kVector; ++i) v[i] = base + i < n ? __fdiv_rn(v[i], divisor) : 0.0f;
-    }
-    uint32_t word = 0;  // element 0 in the high nibble of the lowest byte
+        for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(to_float(loaded[tile].at[i]), factor);
+        if (key[tile] >= kInfinity) {  // NaN has no cell
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) {
-        uint32_t code = rank16<Q>(bounds, v[i]);
-        if constexpr (kCodes<Q> != kIdentity) code = kCodes<Q> >> 4 * code & 15;
-        word |= code << 4 * (i ^ 1);
-    }
-    if (vectors && base + kVector <= n) {
-        *reinterpret_cast<uint32_t*>(packed + base / 2) = word;
-    } else {
+            for (int i = 0; i < kVector; ++i) v[i] = base + i >= n ? 0.0f : v[i] <= 1.0f ? v[i] : 2.0f;
+        }
+        const uint32_t word = encode<Q>(cells, v);
+        if (vectors && base + kVector <= n) {
+            *reinterpret_cast<uint32_t*>(packed + base / 2) = word;
+        } else {
 #pragma unroll
-        for (int i = 0; i < kVector; i += 2) {
-            if (base + i < n) packed[(base + i) / 2] = static_cast<uint8_t>(word >> 4 * i);
+            for (int i = 0; i < kVector; i += 2) {
+                if (base + i < n) packed[(base + i) / 2] = static_cast<uint8_t>(word >> 4 * i);
+            }
         }
     }
 }
 
-// The 8-bit code of x (already divided by absmax) as bitsandbytes' CPU kernel finds it: x is rounded to one of 65536
-// evenly spaced points of [-1, 1], and that point gets the number of midpoints between neighbouring codes below it.
-__device__ __forceinline__ uint32_t rank256(const float* midpoints, float x) {
-    const float unit = __fmul_rn(__fadd_rn(fminf(fmaxf(x, -1.0f), 1.0f), 1.0f), 0.5f);  // NaN: 0
-    const int point = static_cast<int>(__fmaf_rn(unit, 65535.0f, 0.5f));
-    const float value = __fadd_rn(__fdiv_rn(static_cast<float>(2 * point), 65535.0f), -1.0f);
+// The 8-bit code of x (already divided by absmax) as bitsandbytes' CUDA kernel finds it: the nearest one, and halfway
+// between two that of even index. The bounds are midpoints, and below x is what x is to be above.
+__device__ __forceinline__ uint32_t rank256(const float* bounds, float x) {
     uint32_t rank = 0;
 #pragma unroll
-    for (int half = 128; half; half /= 2) rank += midpoints[rank + half - 1] < value ? half : 0;
+    for (int half = 128; half; half /= 2) rank += bounds[rank + half - 1] < x ? half : 0;  // NaN: 0
     return rank;
 }
 
@@ -115,25 +185,29 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     quantize_blockwise_kernel(const T* __restrict__ x, const float* __restrict__ code, uint8_t* __restrict__ q,
                               float* __restrict__ absmax, int64_t n, int log2_blocksize, bool vectors) {
-    PYQLORA_SHARED(float[255], midpoints);
-    if (threadIdx.x < 255)
-        midpoints[threadIdx.x] = __fmul_rn(__fadd_rn(code[threadIdx.x], code[threadIdx.x + 1]), 0.5f);
+    PYQLORA_SHARED(float[255], bounds);
+    if (threadIdx.x < 255) {
+        const float midpoint = __fmul_rn(__fadd_rn(code[threadIdx.x], code[threadIdx.x + 1]), 0.5f);
+        bounds[threadIdx.x] = threadIdx.x % 2 ? nextafterf(midpoint, -2.0f) : midpoint;  // a tie goes up to the even
+    }
     const int64_t base = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kVector;
-    float v[kVector];
-    load_tail(x, base, n, vectors, v);
+    const Vector<T> loaded = load_tail(x, base, n, vectors);
+    __syncthreads();
     float largest = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) largest = fmaxf(largest, fabsf(v[i]));  // skips NaN
-    largest = __uint_as_float(block_max(__float_as_uint(largest), log2_blocksize));
+    for (const T& value : loaded.at) largest = fmaxf(largest, fabsf(to_float(value)));  // skips NaN
+    uint32_t key[1] = {__float_as_uint(largest)};
+    block_max(key, log2_blocksize);
     if (base >= n) return;
 
     const int64_t block = base >> log2_blocksize;
+    largest = __uint_as_float(key[0]);
     if (base == block << log2_blocksize) absmax[block] = largest;
-    const float factor = __fdiv_rn(1.0f, largest);
+    const float factor = __frcp_rn(largest);
     uint2 word{};
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        const uint32_t rank = largest > 0.0f ? rank256(midpoints, __fmul_rn(v[i], factor)) : 0;
+        const uint32_t rank = largest > 0.0f ? rank256(bounds, __fmul_rn(to_float(loaded.at[i]), factor)) : 0;
         (i < 4 ? word.x : word.y) |= rank << 8 * (i % 4);
     }
     if (vectors && base + kVector <= n) {
@@ -291,9 +365,9 @@ void quantize_4bit(const Quantize4bitArgs& a, void* stream) {
         using T = typename decltype(tag)::type;
         dispatch_quant_type(a.type, [&](auto quant) {
             using Q = decltype(quant);
-            launch("quantize_4bit", a.x, stream, {ceil_div(a.x.numel, kTile), kThreads}, quantize_4bit_kernel<T, Q>,
-                   a.x.as<T>(), a.packed.as<uint8_t>(), a.absmax.as<float>(), a.x.numel, log2(a.blocksize), vectors,
-                   table16(Q::bounds));
+            launch("quantize_4bit", a.x, stream, {ceil_div(a.x.numel, kQuantizeTiles<T> * kTile), kThreads},
+                   quantize_4bit_kernel<T, Q>, a.x.as<T>(), a.packed.as<uint8_t>(), a.absmax.as<float>(), a.x.numel,
+                   log2(a.blocksize), vectors, table16(Q::gpu_bounds));
         });
     });
 }

@@ -217,7 +217,10 @@ def test_the_host_must_wait_for_what_it_reads(device):
             use(seed, seed, device.stream)
             pages.synchronize()
             assert (pages.tensors[0] == seed).all() and not device.module.stream_counts()["host_accesses"]
-        for finished, waits in ((device.stream, False), (other, True)):  # without waiting; for what is on another stream
+        for finished, waits in (
+            (device.stream, False),
+            (other, True),
+        ):  # without waiting; for what is on another stream
             caught = 0
             for seed in range(1, 30):
                 use(seed, seed, finished)
