@@ -10,8 +10,8 @@ FAULTS = [
     # quantize
     Fault(
         "missing barrier before the warps' maxima",
-        "    __syncthreads();\n#pragma unroll\n    for (int tile = 0; tile < kTiles; ++tile) {\n        const uint32_t*",
-        "#pragma unroll\n    for (int tile = 0; tile < kTiles; ++tile) {\n        const uint32_t*",
+        "    __syncthreads();\n#pragma unroll\n    for (int tile = 0; tile < kTiles; ++tile) {\n        const",
+        "#pragma unroll\n    for (int tile = 0; tile < kTiles; ++tile) {\n        const",
     ),
     Fault("missing barrier before the cells", "    __syncthreads();\n    // As integers", "    // As integers"),
     Fault("maximum over half of the lanes", "lanes < min(threads, 32)", "lanes < min(threads, 16)"),
