@@ -53,6 +53,7 @@ struct Simd {
         _mm_storeu_si128((__m128i*)p, round(x, T{}));
     }
 
+    static Ints load_words(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
     static Ints load_words(const uint8_t* p, int64_t count) {
         return _mm256_maskload_epi32((const int*)p,
                                      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), iota()));

@@ -49,7 +49,8 @@ struct Simd {
         _mm256_storeu_si256((__m256i*)p, round(x, T{}));
     }
 
-    // 4 packed bytes, that is 8 weights, to a lane; the first `count` words, then zeros.
+    // 4 packed bytes, that is 8 weights, to a lane; all words, or the first `count` and then zeros.
+    static Ints load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
     static Ints load_words(const uint8_t* p, int64_t count) {
         return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), p);
     }

@@ -38,7 +38,7 @@ float dot_spread(const float* x, int64_t k, const uint8_t* row, const float* sca
     int64_t i = 0;
     for (; i + kWords <= k; i += kWords) {
         __builtin_prefetch(row + i / 2 + 4096);  // a page ahead: the hardware stops at each page
-        add(Simd::load_words(row + i / 2, Simd::width), i);
+        add(Simd::load_words(row + i / 2), i);
     }
     if (i < k) add(Simd::load_words(row + i / 2, (k - i) / 8), i);
     return Simd::sum(Simd::add(even, odd));
