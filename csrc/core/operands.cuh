@@ -65,6 +65,9 @@ __device__ __forceinline__ Eight load_eight_as(const From* row, int64_t i, int64
     }
 }
 
+template <class T>
+constexpr DType dtype_of = std::is_same_v<T, __half> ? DType::f16 : DType::bf16;
+
 // A row in a dtype known at run time, or none: zeros.
 struct AnyRow {
     const char* data;

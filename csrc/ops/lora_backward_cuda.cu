@@ -47,14 +47,24 @@ __global__ void __launch_bounds__(kLoraThreads, 1)
 
     float db[kRankTiles][8][4] = {};
     int buffer = 0;
-    for (int64_t row0 = chunk * rows_of_chunk; row0 < end; row0 += 16, buffer ^= 1) {
-        Eight piece[4];  // row t + 4 i, columns 8 g ...
-        uint32_t a[kRankTiles][4];
+    Eight next[4];  // row t + 4 i, columns 8 g ..., of the 16 rows to come
+    const auto load_next = [&](int64_t row0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int64_t row = row0 + t + 4 * i, column = column0 + 8 * g;
-            piece[i] = row < end ? load_eight(dy + row * n, column, n, vectors) : Eight{};
-            if constexpr (!kProject) dropout.apply(key, row, column, piece[i]);
+            const int64_t row = row0 + t + 4 * i;
+            next[i] = row < end ? load_eight(dy + row * n, column0 + 8 * g, n, vectors) : Eight{};
+        }
+    };
+    load_next(chunk * rows_of_chunk);
+    for (int64_t row0 = chunk * rows_of_chunk; row0 < end; row0 += 16, buffer ^= 1) {
+        Eight piece[4];
+        uint32_t a[kRankTiles][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) piece[i] = next[i];
+        load_next(row0 + 16);
+        if constexpr (!kProject) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dropout.apply(key, row0 + t + 4 * i, column0 + 8 * g, piece[i]);
         }
 #pragma unroll
         for (int tile = 0; tile < kRankTiles; ++tile) {

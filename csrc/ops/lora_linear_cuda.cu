@@ -55,10 +55,9 @@ __device__ __forceinline__ Rows rows_of(const int* tiles, int64_t tile, int64_t 
     return {tile * kRows, static_cast<int>(min(m - tile * kRows, int64_t{kRows})), 0};
 }
 
-// Blocks that share a multiprocessor's registers. For sm_120 ptxas spills in the narrow kernels below 128 registers.
-constexpr int down_blocks(int column_tiles) {
-    return column_tiles > 4 || (column_tiles < 4 && kArchitecture >= 1200) ? 1 : 2;
-}
+// Blocks that share a multiprocessor's registers. From sm_100 on ptxas spills in the narrow kernels below 128
+// registers.
+constexpr int down_blocks(int column_tiles) { return column_tiles > 2 || kArchitecture >= 1000 ? 1 : 2; }
 
 // A warp multiplies 32 rows of x with 8 · kColumnTiles rows of the factors over its steps of k; the eight warps' sums
 // meet in shared memory, as a tree. partial: [splits, m * columns], used if there are several splits.
@@ -91,30 +90,56 @@ __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
     }
 
     float sum[2][kColumnTiles][4] = {};
-    for (int64_t step = int64_t{split * kLoraWarps + warp} * kStep; step < k; step += splits * kLoraWarps * kStep) {
-        const int64_t i = step + 8 * t;
-        Eight a[4], b[kColumnTiles];
+    // The steps of this warp; x is loaded a step ahead. load_factor(row, i): eight elements of a row of a factor.
+    const auto multiply = [&](bool vectors, auto load_factor) {
+        const int64_t first = int64_t{split * kLoraWarps + warp} * kStep + 8 * t;
+        const int64_t stride = int64_t{splits} * kLoraWarps * kStep;
+        Eight next[4];
+        const auto load_x = [&](int64_t i) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) a[r] = load_eight(x_first + x_row[r] * k, i, k, vectors);
+            for (int r = 0; r < 4; ++r) next[r] = load_eight(x_first + x_row[r] * k, i, k, vectors);
+        };
+        load_x(first);
+        for (int64_t i = first; i < k + 8 * t; i += stride) {
+            Eight a[4], b[kColumnTiles];
 #pragma unroll
-        for (int c = 0; c < kColumnTiles; ++c)
-            b[c] = AnyRow(a_row[c], factors.dtype, 0).template load<T>(i, k, factors.vectors);
+            for (int c = 0; c < kColumnTiles; ++c) b[c] = load_factor(a_row[c], i);
 #pragma unroll
-        for (int r = 0; r < 4; ++r) dropout.apply(key, rows.first + 8 * r + g, i, a[r]);
+            for (int r = 0; r < 4; ++r) a[r] = next[r];
+            load_x(i + stride);
 #pragma unroll
-        for (int half = 0; half < 4; half += 2) {
+            for (int r = 0; r < 4; ++r) dropout.apply(key, rows.first + 8 * r + g, i, a[r]);
 #pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-                const Eight &low = a[2 * tile], &high = a[2 * tile + 1];
-                const uint32_t operand[4] = {low.word[half], high.word[half], low.word[half + 1], high.word[half + 1]};
+            for (int half = 0; half < 4; half += 2) {
 #pragma unroll
-                for (int c = 0; c < kColumnTiles; ++c) {
-                    const uint32_t other[2] = {b[c].word[half], b[c].word[half + 1]};
-                    mma_m16n8k16<T>(sum[tile][c], operand, other, sum[tile][c]);
+                for (int tile = 0; tile < 2; ++tile) {
+                    const Eight &low = a[2 * tile], &high = a[2 * tile + 1];
+                    const uint32_t operand[4] = {low.word[half], high.word[half], low.word[half + 1],
+                                                 high.word[half + 1]};
+#pragma unroll
+                    for (int c = 0; c < kColumnTiles; ++c) {
+                        const uint32_t other[2] = {b[c].word[half], b[c].word[half + 1]};
+                        mma_m16n8k16<T>(sum[tile][c], operand, other, sum[tile][c]);
+                    }
                 }
             }
         }
-    }
+    };
+    // One short path for each of the usual cases: what is not taken costs instruction fetches all the same.
+    const auto whole = [&](auto tag) {
+        using From = typename decltype(tag)::type;
+        multiply(true, [&](const void* row, int64_t i) {
+            return row ? load_eight_as<T>(static_cast<const From*>(row), i, k, true) : Eight{};
+        });
+    };
+    if (vectors && factors.vectors && factors.dtype == DType::f32)
+        whole(Tag<float>{});
+    else if (vectors && factors.vectors && factors.dtype == dtype_of<T>)
+        whole(Tag<T>{});
+    else
+        multiply(vectors, [&](const void* row, int64_t i) {
+            return AnyRow(row, factors.dtype, 0).template load<T>(i, k, factors.vectors);
+        });
 
     for (int half = kLoraWarps / 2; half; half /= 2) {
         if (warp >= half && warp < 2 * half) {
@@ -131,15 +156,21 @@ __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
         }
         __syncthreads();
     }
-    if (warp > 0) return;
+    // All warps write what the first one has.
+    if (warp == 0) {
 #pragma unroll
-    for (int v = 0; v < kValues; ++v) {
-        const int row = v / (4 * kColumnTiles) * 16 + v % 4 / 2 * 8 + g;
-        const int column = column0 + v / 4 % kColumnTiles * 8 + 2 * t + v % 2;
+        for (int v = 0; v < kValues; ++v)
+            sums[v * 32 + lane] = sum[v / (4 * kColumnTiles)][v / 4 % kColumnTiles][v % 4];
+    }
+    __syncthreads();
+    constexpr int width_of_block = 8 * kColumnTiles;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * width_of_block; i += kLoraThreads) {
+        const int row = i / width_of_block, in_block = i % width_of_block, column = column0 + in_block;
         if (row >= rows.count || column >= columns) continue;
+        const int v = row / 16 * 4 * kColumnTiles + in_block / 8 * 4 + row % 16 / 8 * 2 + in_block % 2;
         const int f = tiles ? rows.factor : factor_of(factors, column);
-        const float value =
-            f < 0 ? 0.0f : sum[v / (4 * kColumnTiles)][v / 4 % kColumnTiles][v % 4] * factors.at[f].scale;
+        const float value = f < 0 ? 0.0f : sums[v * 32 + row % 8 * 4 + in_block % 8 / 2] * factors.at[f].scale;
         const int first = tiles ? 0 : factors.at[f].first, width = tiles ? columns : factors.at[f].rank;
         const int64_t at = first * m + (rows.first + row) * width + column - first;
         if (splits > 1)

@@ -39,6 +39,7 @@ __global__ void __launch_bounds__(kLoraThreads)
     const int64_t i = static_cast<int64_t>(blockIdx.x) * kLoraThreads + threadIdx.x;
     if (i >= size) return;
     float sum = 0.0f;
+#pragma unroll 8
     for (int part = 0; part < count; ++part) sum += __ldg(parts + part * size + i);
     out[i] = from_float<T>(sum);
 }
@@ -54,6 +55,7 @@ __global__ void __launch_bounds__(kLoraThreads)
     const int64_t row0 = (unit / (side * columns) * side + unit % side) * kVector;
     if (row0 >= rows) return;
     float sum[kVector] = {};
+#pragma unroll 4
     for (int part = 0; part < count; ++part) {
         const float* const from = parts + (part * rows + row0) * columns + column;
 #pragma unroll

@@ -9,9 +9,15 @@ FAULTS = [
     Fault("missing barrier before sums are read", "__syncthreads();\n        if (warp < half)", "if (warp < half)"),
     Fault(
         "missing barrier before sums are replaced",
-        "        __syncthreads();\n    }\n    if (warp > 0) return;",
-        "    }\n    if (warp > 0) return;",
+        "        __syncthreads();\n    }\n    // All warps write",
+        "    }\n    // All warps write",
     ),
+    Fault(
+        "missing barrier before the sums are written",
+        "    __syncthreads();\n    constexpr int width_of_block",
+        "    constexpr int width_of_block",
+    ),
+    Fault("x of the step after next", "load_x(i + stride);", "load_x(i + 2 * stride);"),
     Fault("rows of x past the tile", "min(8 * i + g, rows.count - 1)", "8 * i + g"),
     Fault(
         "fragments of A in another order",
@@ -32,7 +38,7 @@ FAULTS = [
     Fault("rows past the tile written", "if (8 * r + g >= rows.count) continue;", ""),
     Fault("every split sums everything", "int64_t{split * kLoraWarps + warp} * kStep", "int64_t{warp} * kStep"),
     Fault("half of the warps left out", "int half = kLoraWarps / 2; half", "int half = kLoraWarps / 4; half"),
-    Fault("wrong lane's sums", "* 16 + v % 4 / 2 * 8 + g;", "* 16 + v % 2 * 8 + g;"),
+    Fault("wrong lane's sums", "row % 8 * 4 + in_block % 8 / 2", "row % 8 * 4 + in_block % 4"),
     Fault("columns of y past the last", "if (column + e < n) to[e] =", "if (column + e <= n) to[e] ="),
     Fault("misaligned store", "= n % kVector == 0 && aligned(a.y.data, 16);", "= aligned(a.y.data, 16);"),
 ]

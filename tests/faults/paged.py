@@ -23,25 +23,22 @@ FAULTS = [
         "cudaEventRecord(event(moved_), static_cast<cudaStream_t>(stream))",
     ),
     Fault("move's event never recorded", "check_cuda(kOp, cudaEventRecord(event(moved_), own));", ""),
-    Fault(
-        "unified memory moves in another stream",
-        "to_gpu ? device_ : cudaCpuDeviceId, own)",
-        "to_gpu ? device_ : cudaCpuDeviceId, nullptr)",
-    ),
-    Fault("unified memory stays on the host", "to_gpu ? device_ : cudaCpuDeviceId, own)", "cudaCpuDeviceId, own)"),
+    Fault("unified memory moves in another stream", "bytes_, device_, own)", "bytes_, device_, nullptr)"),
+    Fault("unified memory stays on the host", "bytes_, device_, own)", "bytes_, cudaCpuDeviceId, own)"),
     Fault(
         "pinned memory is copied in another stream", "cudaMemcpyHostToDevice, own)", "cudaMemcpyHostToDevice, nullptr)"
     ),
     Fault(
         "pinned memory is copied back in another stream",
-        "cudaMemcpyDeviceToHost, own)",
+        "cudaMemcpyDeviceToHost, last)",
         "cudaMemcpyDeviceToHost, nullptr)",
     ),
     Fault(
         "states are not copied back",
-        "cudaMemcpyAsync(data_, slot.data, bytes_, cudaMemcpyDeviceToHost, own)",
+        "cudaMemcpyAsync(data_, slot.data, bytes_, cudaMemcpyDeviceToHost, last)",
         "cudaSuccess",
     ),
+    Fault("last use never recorded", "check_cuda(kOp, cudaEventRecord(event(moved_), last));", ""),
     Fault("host does not wait for the move", "check_cuda(kOp, cudaEventSynchronize(event(moved_)));", ""),
     Fault("states do not begin as zeros", "std::memset(data_, 0, bytes);", ""),
     Fault("memory is not freed", "if (data_) managed_ ? cudaFree(data_) : cudaFreeHost(data_);", ""),
