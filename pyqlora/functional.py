@@ -1,9 +1,10 @@
 """Quantization by the names and arguments of `bitsandbytes.functional`.
 
 A 4-bit tensor is packed two codes to a byte, the earlier element in the high nibble, with a float32 scale (absmax) per
-block of elements; `pyqlora.quant` has the format, `pyqlora.ops` the operators. A device gives the bytes that bitsandbytes
-gives on that device: halfway between two values, and in 8 bits near zero, its CPU and CUDA code choose differently. Not
-so on a GPU: blocks of zeros or with NaN, which get the bytes of a CPU, and ties that its approximate reciprocal decides.
+block of elements; `pyqlora.quant` has the format, `pyqlora.ops` the operators. A device gives the bytes that
+bitsandbytes gives on that device: halfway between two values, and in 8 bits near zero, its CPU and CUDA code choose
+differently. Not so on a GPU: blocks of zeros or with NaN, which get the bytes of a CPU, and ties that its approximate
+reciprocal decides.
 """
 
 from __future__ import annotations
