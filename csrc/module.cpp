@@ -27,7 +27,16 @@ PYBIND11_MODULE(_C, m) {
 
     using pyqlora::cpu::OutputMemory;
     py::class_<OutputMemory>(cpu, "OutputMemory", py::buffer_protocol(), "Memory for one large result, as a buffer.")
-        .def(py::init<int64_t>(), py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
+        .def(py::init([](int64_t bytes) {
+                 auto memory = OutputMemory::reuse(bytes);
+                 if (!memory) {
+                     py::gil_scoped_release others_may_run;
+                     memory = std::make_unique<OutputMemory>(bytes);
+                 }
+                 memory->count();
+                 return memory;
+             }),
+             py::arg("bytes"))
         .def_buffer([](OutputMemory& m) { return py::buffer_info(static_cast<uint8_t*>(m.data()), m.bytes()); });
 
     pyqlora::bind_operations(cpu, cuda);

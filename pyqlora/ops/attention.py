@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyqlora.ops.backend import fast_on_cpu, native
+from pyqlora.ops.output import empty_output
 from pyqlora.ops.selective_checkpointing import kept
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -41,7 +42,7 @@ class _Attention(torch.autograd.Function):
         sizes += [1, 1] if mask is None else mask.shape[:2]
 
         def compute() -> tuple[Tensor, Tensor]:
-            out = q.new_empty((*q.shape[:3], v.shape[3]))
+            out = empty_output(q, (*q.shape[:3], v.shape[3]))
             lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
             module, threads = native(q)
             module.attention(q, k, v, mask, sizes, causal, scale, out, lse, threads)
@@ -56,7 +57,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         q, k, v, mask, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        dq, dk, dv = (empty_output(t, t.shape) for t in (q, k, v))
         module, threads = native(q)
         dout = dout.transpose(1, 2).contiguous()
         module.attention_backward(q, k, v, mask, *ctx.rest, lse, dout, dq, dk, dv, threads)

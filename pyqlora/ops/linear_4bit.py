@@ -8,6 +8,7 @@ from torch import Tensor
 from pyqlora import _C
 from pyqlora.ops import linear_4bit_cuda
 from pyqlora.ops.backend import is_plain, native
+from pyqlora.ops.output import empty_output
 from pyqlora.ops.selective_checkpointing import completed, kept
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
@@ -84,7 +85,7 @@ def forward(
     scales = (absmax, nested_absmax, nested_code, offset, nested_blocksize)
     if module is not _C.cpu:
         return linear_4bit_cuda.forward(x, [packed, *scales, blocksize, quant_type], shape, bias)
-    y = x.new_empty(*whole)  # half a microsecond less than with a list
+    y = empty_output(x, whole)
     kernel = module.linear_4bit_int16 if is_rounded(x, k, blocksize) else module.linear_4bit
     kernel(x.contiguous(), packed, *scales, bias, y, n, k, blocksize, quant_type, context)
     return y
@@ -98,7 +99,7 @@ def backward(dy: Tensor, *weight_shape) -> Tensor:
     module, context = native(dy)
     if module is not _C.cpu:
         return torch.matmul(dy, linear_4bit_cuda.whole(weight, shape, dy))
-    dx = dy.new_empty(whole)
+    dx = empty_output(dy, whole)
     module.linear_4bit_backward(dy.contiguous(), *weight[:6], dx, n, k, *weight[6:], context)
     return dx
 
@@ -147,7 +148,7 @@ class _Linear4bit(torch.autograd.Function):
     def forward(ctx, *inputs):
         _save(ctx, inputs, None)
         (y,) = kept((inputs[1].data_ptr(), inputs[0].shape), lambda: (forward(*inputs),), late=True)
-        return inputs[0].new_empty(*inputs[0].shape[:-1], inputs[9][0]) if y is None else y
+        return empty_output(inputs[0], (*inputs[0].shape[:-1], inputs[9][0])) if y is None else y
 
     backward = staticmethod(_grads)
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from pyqlora.ops import lora_linear_cpu as on_cpu
 from pyqlora.ops.backend import native
 from pyqlora.ops.lora_linear import compute_dtype
+from pyqlora.ops.output import empty_output
 
 CHUNK_BYTES = 32 << 20  # of a chunk's logits, unless the caller says how many rows
 _PIECE_BYTES = 8 << 20  # of the weight, where it is converted to the arithmetic's dtype piece by piece
@@ -117,7 +118,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         drows = torch.zeros_like(rows) if need_rows else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        buffer = torch.empty((min(chunk, len(rows)), len(weight)), dtype=wide, device=rows.device)
+        buffer = empty_output(rows, (min(chunk, len(rows)), len(weight)), wide)
         with torch.autocast(rows.device.type, enabled=False):
             for first in range(0, len(rows), chunk):
                 part = slice(first, first + chunk)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from pyqlora import _C
 from pyqlora.ops import linear_4bit, linear_4bit_cuda, lora_linear, lora_linear_cuda, lora_shared_cuda
 from pyqlora.ops.backend import is_plain, native, on_gpu
+from pyqlora.ops.output import empty_output
 from pyqlora.ops.selective_checkpointing import completed, kept
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
@@ -44,7 +45,7 @@ def forward(x, a, b, bias, weight, shape, scaling, dropout, seed, keep_h=True) -
         h = lora_shared_cuda.down(x, a, scaling / (1.0 - dropout), seed, dropout)
         return linear_4bit_cuda.forward(x, weight, shape, bias, (h, b.contiguous())), h
     *packed_and_scales, blocksize, quant_type = weight
-    y = x.new_empty(*whole)
+    y = empty_output(x, whole)
     h = x.new_empty(x.numel() // k, len(a), dtype=torch.float32) if keep_h else None
     module, threads = native(x)
     # fmt: off
@@ -82,7 +83,7 @@ def prepared(x, a, b, bias, weight, shape, scaling) -> Callable[[Tensor], Tensor
 def backward(dy, x, h, a, b, weight, shape, scaling, dropout, seed, need_x, need_a):
     """The CPU kernels' call: (dx, dA, dB), the first two None where not needed."""
     *packed_and_scales, blocksize, quant_type = weight
-    dx = dy.new_empty(x.shape) if need_x else None
+    dx = empty_output(dy, x.shape) if need_x else None
     da = torch.empty_like(a, memory_format=torch.contiguous_format) if need_a else None
     db = torch.empty_like(b, memory_format=torch.contiguous_format)
     module, threads = native(dy)
@@ -104,7 +105,7 @@ class _LoraLinear4bit(torch.autograd.Function):
             late=True,
         )
         if y is None:
-            y = x.new_empty(*x.shape[:-1], shape[0])
+            y = empty_output(x, (*x.shape[:-1], shape[0]))
         ctx.save_for_backward(x, h, a, b, seed)
         # The weight is constant: as saved tensors its parts would be half of what checkpointing's hooks handle.
         ctx.weight, ctx.shape, ctx.scaling, ctx.dropout = weight, shape, scaling, dropout

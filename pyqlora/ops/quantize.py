@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyqlora import _C
 from pyqlora.ops.backend import native
+from pyqlora.ops.output import empty_output
 
 library = torch.library.Library("pyqlora", "FRAGMENT")
 
@@ -19,8 +19,6 @@ library.define(
 )
 library.define("quantize_blockwise(Tensor x, Tensor code, int blocksize) -> (Tensor, Tensor)")
 library.define("dequantize_blockwise(Tensor q, Tensor code, Tensor absmax, int blocksize, ScalarType dtype) -> Tensor")
-
-_LARGE_OUTPUT_BYTES = 16 << 20
 
 
 @torch.library.register_fake("pyqlora::quantize_4bit", lib=library)
@@ -95,14 +93,6 @@ def dequantize_4bit_into(
     return out
 
 
-def _empty_output(like: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialized tensor; a large one on the CPU in `OutputMemory`, which costs few page faults."""
-    count = math.prod(shape)
-    if like.device.type != "cpu" or count * dtype.itemsize < _LARGE_OUTPUT_BYTES:
-        return like.new_empty(shape, dtype=dtype)
-    return torch.frombuffer(_C.cpu.OutputMemory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
-
-
 def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
@@ -116,7 +106,7 @@ def dequantize_4bit(
     dtype: torch.dtype,
 ) -> Tensor:
     """Decode a packed tensor into a new one of `shape` and `dtype`; nested constants are decoded in the same pass."""
-    out = _empty_output(packed, shape, dtype)
+    out = empty_output(packed, shape, dtype)
     return dequantize_4bit_into(
         out,
         packed,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyqlora.ops.backend import fast_on_cpu, native
+from pyqlora.ops.output import empty_output
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -30,7 +31,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         x, weight = x.contiguous(), weight.contiguous()
-        y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+        y = empty_output(x, x.shape, torch.promote_types(x.dtype, weight.dtype))
         rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         module, threads = native(x)
         module.rms_norm(x, weight, eps, y, rstd, threads)
@@ -44,7 +45,7 @@ class _RmsNorm(torch.autograd.Function):
         dy = dy.contiguous()
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
+            dx = empty_output(x, x.shape)
             module, threads = native(x)
             module.rms_norm_backward(x, weight, rstd, dy, dx, threads)
         if ctx.needs_input_grad[1]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyqlora.ops.backend import fast_on_cpu, native
+from pyqlora.ops.output import empty_output
 
 _FLOATS = frozenset((torch.float32, torch.float16, torch.bfloat16))
 
@@ -24,7 +25,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
+        y = empty_output(gate, gate.shape)
         module, threads = native(gate)
         module.swiglu(gate, up, y, threads)
         ctx.save_for_backward(gate, up)
@@ -34,7 +35,7 @@ class _Swiglu(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = empty_output(gate, gate.shape), empty_output(up, up.shape)
         module, threads = native(gate)
         module.swiglu_backward(gate, up, dy.contiguous(), dgate, dup, threads)
         return dgate, dup
