@@ -84,6 +84,7 @@ def test_unknown_options(places, tmp_path, capsys, options, message):
 
 def fails(capsys, *arguments) -> str:
     """The one line on stderr of a command that leaves nothing behind."""
+    capsys.readouterr()  # what loading in the test has printed
     assert run(["merge", *map(str, arguments)]) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
