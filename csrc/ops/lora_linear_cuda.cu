@@ -156,11 +156,16 @@ __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
         }
         __syncthreads();
     }
-    // All warps write what the first one has.
+    // All warps write what the first one has. Rotations keep a warp's values in banks of their own both times: sums
+    // whose lanes' rows g follow each other, then columns that follow each other.
+    const auto slot = [](int v, int g, int t) {
+        constexpr int wide = kColumnTiles < 4 ? kColumnTiles : 4;
+        return v * 32 + (g + (v / 4 % wide * 2 + v % 2) * (4 / wide)) % 8 * 4 + t;
+    };
     if (warp == 0) {
 #pragma unroll
         for (int v = 0; v < kValues; ++v)
-            sums[v * 32 + lane] = sum[v / (4 * kColumnTiles)][v / 4 % kColumnTiles][v % 4];
+            sums[slot(v, g, t)] = sum[v / (4 * kColumnTiles)][v / 4 % kColumnTiles][v % 4];
     }
     __syncthreads();
     constexpr int width_of_block = 8 * kColumnTiles;
@@ -170,7 +175,7 @@ __global__ void __launch_bounds__(kLoraThreads, down_blocks(kColumnTiles))
         if (row >= rows.count || column >= columns) continue;
         const int v = row / 16 * 4 * kColumnTiles + in_block / 8 * 4 + row % 16 / 8 * 2 + in_block % 2;
         const int f = tiles ? rows.factor : factor_of(factors, column);
-        const float value = f < 0 ? 0.0f : sums[v * 32 + row % 8 * 4 + in_block % 8 / 2] * factors.at[f].scale;
+        const float value = f < 0 ? 0.0f : sums[slot(v, row % 8, in_block % 8 / 2)] * factors.at[f].scale;
         const int first = tiles ? 0 : factors.at[f].first, width = tiles ? columns : factors.at[f].rank;
         const int64_t at = first * m + (rows.first + row) * width + column - first;
         if (splits > 1)

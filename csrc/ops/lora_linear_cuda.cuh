@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kLoraThreads)
     const int64_t row0 = (unit / (side * columns) * side + unit % side) * kVector;
     if (row0 >= rows) return;
     float sum[kVector] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (int part = 0; part < count; ++part) {
         const float* const from = parts + (part * rows + row0) * columns + column;
 #pragma unroll

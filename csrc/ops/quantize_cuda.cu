@@ -59,12 +59,8 @@ __device__ __forceinline__ void block_max(uint32_t (&key)[kTiles], int log2_bloc
 }
 
 // To encode x without a search: [-1, 1] lies in cells a sixteenth wide, none of which holds two of a type's bounds, so
-// that the cell of x leaves one bound to compare it with. A cell's entry holds that bound, or where it has none the
-// last one before it; below are the code of what is not above the bound and, in bits 8 and up, the code of what is.
-struct Cell {
-    float bound;
-    uint32_t codes;
-};
+// that the cell of x leaves one bound to compare it with. A cell's entry holds in x the bits of that bound, or where it
+// has none of the last one before it, and in y the code of what is not above the bound and, from bit 8 on, of what is.
 constexpr int kCells = 64;  // 33 for [-1, 1], more above
 
 // The cell of x, times 8: its entry's offset in bytes. Rounding at its borders does no harm, as it is monotonic.
@@ -90,7 +86,7 @@ constexpr bool kCountsUp = kCodes<Q> == 0xfedcba9876543210u;  // from -1 to 1; e
 
 // bounds: Q's on a GPU, in ascending order.
 template <class Q>
-__device__ __forceinline__ void fill_cell(Cell* cells, uint32_t cell, const Table16& bounds) {
+__device__ __forceinline__ void fill_cell(uint2* cells, uint32_t cell, const Table16& bounds) {
     int rank = 0;
     float bound = bounds.at[0];
 #pragma unroll
@@ -98,12 +94,12 @@ __device__ __forceinline__ void fill_cell(Cell* cells, uint32_t cell, const Tabl
         if (cell_of(bounds.at[i]) <= 8 * cell) rank = i, bound = bounds.at[i];
     }
     const auto codes = static_cast<uint32_t>(kCodes<Q> >> 4 * rank);
-    cells[cell] = {bound, (codes & 15) | (codes & 240) << 4};
+    cells[cell] = {__float_as_uint(bound), (codes & 15) | (codes & 240) << 4};
 }
 
 // The codes of eight elements, of which the first is the high nibble of the lowest byte. NaN gets the last rank.
 template <class Q>
-__device__ __forceinline__ uint32_t encode(const Cell* cells, const float (&v)[kVector]) {
+__device__ __forceinline__ uint32_t encode(const uint2* cells, const float (&v)[kVector]) {
     uint32_t word = 0;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -129,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
     quantize_4bit_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed, float* __restrict__ absmax, int64_t n,
                          int log2_blocksize, bool vectors, const __grid_constant__ Table16 bounds) {
     constexpr int kTiles = kQuantizeTiles<T>;
-    PYQLORA_SHARED(Cell[kCells], cells);
+    PYQLORA_SHARED(uint2[kCells], cells);
     if (threadIdx.x < kCells) fill_cell<Q>(cells, threadIdx.x, bounds);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTiles * kTile + threadIdx.x * kVector;
     Vector<T> loaded[kTiles];

@@ -38,7 +38,7 @@ FAULTS = [
     Fault("rows past the tile written", "if (8 * r + g >= rows.count) continue;", ""),
     Fault("every split sums everything", "int64_t{split * kLoraWarps + warp} * kStep", "int64_t{warp} * kStep"),
     Fault("half of the warps left out", "int half = kLoraWarps / 2; half", "int half = kLoraWarps / 4; half"),
-    Fault("wrong lane's sums", "row % 8 * 4 + in_block % 8 / 2", "row % 8 * 4 + in_block % 4"),
+    Fault("wrong lane's sums", "row % 8, in_block % 8 / 2", "row % 8, in_block % 4"),
     Fault("columns of y past the last", "if (column + e < n) to[e] =", "if (column + e <= n) to[e] ="),
     Fault("misaligned store", "= n % kVector == 0 && aligned(a.y.data, 16);", "= aligned(a.y.data, 16);"),
 ]
