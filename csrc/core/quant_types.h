@@ -91,8 +91,7 @@ struct Fp4 {
         0.4166666865348816f,    0.5833333730697632f,  0.8333333730697632f,
     };
     static constexpr uint8_t order[16] = {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3};
-    // There |x| is compared, and -bound itself has the smaller magnitude: the negative bounds are the floats next
-    // below. What is below zero and too small for the others gets code 8.
+    // On a GPU these bound |x|, and whatever is below zero has the sign.
     static constexpr float gpu_bounds[7] = {
         0.00260417f, 0.0859375f, 0.20833333f, 0.29166666f, 0.4166667f, 0.583333f, 0.8333333f,
     };
