@@ -28,7 +28,8 @@ inline QuantType quant_type(const std::string& text) {
 // A type's `values` are its codes in index order. To encode x (already divided by absmax): count the `bounds` that are
 // below x; `order` turns that rank into the code. The bounds are the float32 midpoints of neighbouring values. "Below"
 // means !(x <= bound), so a NaN gets the last rank; the absmax of its block is NaN too. The bounds and order on a GPU
-// are others, since bitsandbytes' own differ between its CPU and CUDA code.
+// are others, since bitsandbytes' own differ between its CPU and CUDA code; there 4x(gpu_curve - |x|) comes closest to
+// another whole number at each bound, from one to the next.
 struct Nf4 {
     static constexpr QuantType type = QuantType::nf4;
     static constexpr float values[16] = {
@@ -61,6 +62,7 @@ struct Nf4 {
         0.120255254f, 0.20352125f, 0.29201376f,  0.38931254f,  0.5016634f,  0.6427869f,   0.8614784f,
     };
     static constexpr const uint8_t (&gpu_order)[16] = order;
+    static constexpr float gpu_curve = 3.0f;
 };
 
 // Sign in bit 3; magnitudes are not in code order. Code 8 is a positive zero.
@@ -96,6 +98,7 @@ struct Fp4 {
         0.00260417f, 0.0859375f, 0.20833333f, 0.29166666f, 0.4166667f, 0.583333f, 0.8333333f,
     };
     static constexpr uint8_t gpu_order[8] = {0, 1, 6, 7, 4, 5, 2, 3};
+    static constexpr float gpu_curve = 2.6f;
 };
 
 }  // namespace pyqlora

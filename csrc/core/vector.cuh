@@ -32,7 +32,7 @@ struct alignas(16) Vector {
 
 // p: 16-byte aligned. read_only: nobody writes there while the kernel runs.
 template <bool read_only = true, class T>
-__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
+__device__ __forceinline__ Vector<T> load_vector(const T* p) {
     constexpr int words = sizeof(Vector<T>) / sizeof(uint4);
     union {
         uint4 word[words];
@@ -43,8 +43,14 @@ __device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
         const uint4* const from = reinterpret_cast<const uint4*>(p) + i;
         u.word[i] = read_only ? __ldg(from) : *from;
     }
+    return u.vector;
+}
+
+template <bool read_only = true, class T>
+__device__ __forceinline__ void load_vector(const T* p, float (&v)[kVector]) {
+    const Vector<T> loaded = load_vector<read_only>(p);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = to_float(u.vector.at[i]);
+    for (int i = 0; i < kVector; ++i) v[i] = to_float(loaded.at[i]);
 }
 
 template <class T>

@@ -17,21 +17,13 @@ constexpr uint32_t kInfinity = 0x7f800000u;
 // Elements base .. base + 7, zeros from n on.
 template <class T>
 __device__ __forceinline__ Vector<T> load_tail(const T* x, int64_t base, int64_t n, bool vectors) {
-    union {
-        uint4 word[sizeof(Vector<T>) / sizeof(uint4)];
-        Vector<T> vector;
-    } u{};
-    if (vectors && base + kVector <= n) {
+    if (vectors && base + kVector <= n) return load_vector(x + base);
+    Vector<T> tail{};
 #pragma unroll
-        for (size_t i = 0; i < sizeof(Vector<T>) / sizeof(uint4); ++i)
-            u.word[i] = __ldg(reinterpret_cast<const uint4*>(x + base) + i);
-    } else {
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-            if (base + i < n) u.vector.at[i] = x[base + i];
-        }
+    for (int i = 0; i < kVector; ++i) {
+        if (base + i < n) tail.at[i] = x[base + i];
     }
-    return u.vector;
+    return tail;
 }
 
 // The largest of each quantization block's `key`s, given to all its threads; a key per tile. Called by all threads of
@@ -58,63 +50,71 @@ __device__ __forceinline__ void block_max(uint32_t (&key)[kTiles], int log2_bloc
     }
 }
 
-// To encode x without a search: [-1, 1] lies in cells a sixteenth wide, none of which holds two of a type's bounds, so
-// that the cell of x leaves one bound to compare it with. A cell's entry holds in x the bits of that bound, or where it
-// has none of the last one before it, and in y the code of what is not above the bound and, from bit 8 on, of what is.
-constexpr int kCells = 64;  // 33 for [-1, 1], more above
-
-// The cell of x, times 8: its entry's offset in bytes. Rounding at its borders does no harm, as it is monotonic.
-__device__ __forceinline__ uint32_t cell_of(float x) {
-    constexpr float fine = 1024.0f, ones = 8388608.0f;  // 2^23, above which a float's last bit counts ones
-    return __float_as_uint(__fmaf_rn(x, fine, ones + fine)) >> 3 & 8 * (kCells - 1);
-}
-
-// The codes of a type in order of rank, a nibble each.
-template <class Q>
-constexpr uint64_t code_nibbles() {
-    uint64_t nibbles = 0;
-    for (size_t rank = 0; rank < std::size(Q::gpu_order); ++rank)
-        nibbles |= static_cast<uint64_t>(Q::gpu_order[rank]) << 4 * rank;
-    return nibbles;
-}
-template <class Q>
-constexpr uint64_t kCodes = code_nibbles<Q>();
+// To encode x without a search: a curve numbers a type's bounds, so that the whole number next to it at x is that of
+// the one bound to compare x with. Shared memory holds them from 1 on; 0 and the number after the last are of x beyond
+// all of them. That is 17 words at most, of which no two share a bank.
 template <class Q>
 constexpr int kBounds = std::size(Q::gpu_bounds);
 template <class Q>
-constexpr bool kCountsUp = kCodes<Q> == 0xfedcba9876543210u;  // from -1 to 1; else magnitudes and a sign
-
-// bounds: Q's on a GPU, in ascending order.
+constexpr bool kSigned = Q::gpu_bounds[0] < 0;  // else they bound the magnitude, and bit 3 of a code is the sign
 template <class Q>
-__device__ __forceinline__ void fill_cell(uint2* cells, uint32_t cell, const Table16& bounds) {
-    int rank = 0;
-    float bound = bounds.at[0];
-#pragma unroll
-    for (int i = 1; i < kBounds<Q>; ++i) {
-        if (cell_of(bounds.at[i]) <= 8 * cell) rank = i, bound = bounds.at[i];
-    }
-    const auto codes = static_cast<uint32_t>(kCodes<Q> >> 4 * rank);
-    cells[cell] = {__float_as_uint(bound), (codes & 15) | (codes & 240) << 4};
+constexpr int count_negative() {
+    int count = 0;
+    for (float bound : Q::gpu_bounds) count += bound < 0;
+    return count;
+}
+template <class Q>
+constexpr int kOrigin = 1 + count_negative<Q>();  // the curve's number at 0
+
+// The number of x's bound. Where it changes either will do: neither bound is near.
+template <class Q>
+__device__ __forceinline__ uint32_t number_of(float x) {
+    constexpr float quarters = 2097152.0f;  // 2^21, above which a float's last bit counts quarters
+    const float sum = __fmaf_rn(x, __fsub_rn(Q::gpu_curve, fabsf(x)), quarters + kOrigin<Q> / 4.0f);
+    return __float_as_uint(sum) - __float_as_uint(quarters);
 }
 
-// The codes of eight elements, of which the first is the high nibble of the lowest byte. NaN gets the last rank.
+// The codes of ranks, a nibble each.
 template <class Q>
-__device__ __forceinline__ uint32_t encode(const uint2* cells, const float (&v)[kVector]) {
-    uint32_t word = 0;
+__host__ __device__ constexpr uint32_t codes_of(uint32_t ranks) {
+    return kSigned<Q> ? ranks : ranks ^ (ranks & 0x22222222u) << 1;
+}
+
+// Whether the curve gives each bound its own number, with room for rounding, and stays within them from -1 to 1; and
+// whether codes_of is right.
+template <class Q>
+constexpr bool curve_numbers_bounds() {
+    bool right = Q::gpu_curve >= 2;  // it rises
+    for (int i = 0; i < kBounds<Q> + 2; ++i) {
+        const double x = i == 0 ? (kSigned<Q> ? -1 : 0) : i <= kBounds<Q> ? Q::gpu_bounds[i - 1] : 1;
+        const double number = 4 * x * (Q::gpu_curve - (x < 0 ? -x : x)) + kOrigin<Q>;
+        const bool end = i == 0 || i > kBounds<Q>;
+        right = right && (end ? number > -0.49 && number < kBounds<Q> + 1.49 : number > i - 0.49 && number < i + 0.49);
+    }
+    for (uint32_t rank = 0; rank <= kBounds<Q>; ++rank) right = right && codes_of<Q>(rank) == Q::gpu_order[rank];
+    return right;
+}
+static_assert(curve_numbers_bounds<Nf4>() && curve_numbers_bounds<Fp4>());
+
+template <class Q>
+__device__ __forceinline__ void fill_bounds(float* bounds, int number, const Table16& table) {
+    const float infinity = __uint_as_float(kInfinity);
+    bounds[number] = number == 0 ? -infinity : number <= kBounds<Q> ? table.at[number - 1] : infinity;
+}
+
+// The codes of eight elements from -1 to 1, of which the first is the high nibble of the lowest byte.
+template <class Q>
+__device__ __forceinline__ uint32_t encode(const float* bounds, const float (&v)[kVector]) {
+    uint32_t ranks = 0u - 0x11111111u;  // bounds count from 1, ranks from 0
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-        const float x = kCountsUp<Q> ? v[i] : fabsf(v[i]);
-        const uint2 cell = *reinterpret_cast<const uint2*>(reinterpret_cast<const char*>(cells) + cell_of(x));
-        const bool above = !(x <= __uint_as_float(cell.x));
+        const float x = kSigned<Q> ? v[i] : fabsf(v[i]);
+        const uint32_t number = number_of<Q>(x), above = __float_as_uint(__fsub_rn(bounds[number], x)) >> 31;
         const int shift = 4 * (i ^ 1);
-        if constexpr (kCountsUp<Q>) {
-            word += (cell.y & 15) << shift;
-            if (above) word += 1u << shift;
-        } else {
-            word |= ((cell.y >> (above ? 8 : 0) & 15) | (v[i] < 0.0f ? 8 : 0)) << shift;
-        }
+        ranks += (number + above) << shift;
+        if (!kSigned<Q> && v[i] < 0.0f) ranks += 8u << shift;
     }
-    return word;
+    return codes_of<Q>(ranks);
 }
 
 template <class T>
@@ -123,10 +123,10 @@ constexpr int kQuantizeTiles = 8 / sizeof(T);  // of a CUDA block, which loads t
 template <class T, class Q>
 __global__ void __launch_bounds__(kThreads)
     quantize_4bit_kernel(const T* __restrict__ x, uint8_t* __restrict__ packed, float* __restrict__ absmax, int64_t n,
-                         int log2_blocksize, bool vectors, const __grid_constant__ Table16 bounds) {
+                         int log2_blocksize, bool vectors, const __grid_constant__ Table16 table) {
     constexpr int kTiles = kQuantizeTiles<T>;
-    PYQLORA_SHARED(uint2[kCells], cells);
-    if (threadIdx.x < kCells) fill_cell<Q>(cells, threadIdx.x, bounds);
+    PYQLORA_SHARED(float[kBounds<Q> + 2], bounds);
+    if (threadIdx.x < kBounds<Q> + 2) fill_bounds<Q>(bounds, threadIdx.x, table);
     const int64_t first = static_cast<int64_t>(blockIdx.x) * kTiles * kTile + threadIdx.x * kVector;
     Vector<T> loaded[kTiles];
 #pragma unroll
@@ -152,11 +152,11 @@ __global__ void __launch_bounds__(kThreads)
         float v[kVector];
 #pragma unroll
         for (int i = 0; i < kVector; ++i) v[i] = __fmul_rn(to_float(loaded[tile].at[i]), factor);
-        if (key[tile] >= kInfinity) {  // NaN has no cell
+        if (key[tile] >= kInfinity) {  // NaN has the last rank
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) v[i] = base + i >= n ? 0.0f : v[i] <= 1.0f ? v[i] : 2.0f;
+            for (int i = 0; i < kVector; ++i) v[i] = base + i >= n ? 0.0f : v[i] <= 1.0f ? v[i] : 1.0f;
         }
-        const uint32_t word = encode<Q>(cells, v);
+        const uint32_t word = encode<Q>(bounds, v);
         if (vectors && base + kVector <= n) {
             *reinterpret_cast<uint32_t*>(packed + base / 2) = word;
         } else {

@@ -116,6 +116,7 @@ def test_ties(backend):
         bounds = torch.cat([(values[1:] + values[:-1]) / 2, torch.tensor(reference.GPU_BOUNDS[quant_type])])
         x = torch.cat([bounds, -bounds, torch.tensor([0.0, -0.0, 1.0])])
         check_4bit(backend, torch.nn.functional.pad(x, (0, 64 - len(x))), 64, quant_type)
+        check_4bit(backend, torch.linspace(-1, 1, 4096), 4096, quant_type)  # and all the way between
     code = cubic_map()
     check_blockwise(backend, torch.cat([(code[1:] + code[:-1]) * 0.5, torch.ones(1)]), code, 256)
 
