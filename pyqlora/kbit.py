@@ -10,6 +10,7 @@ from torch import nn
 
 from pyqlora.integrations.attention import use_cpu_attention
 from pyqlora.integrations.blocks import use_cpu_blocks
+from pyqlora.integrations.rotary import use_cpu_rotary
 
 
 def prepare_model_for_kbit_training(
@@ -37,6 +38,7 @@ def prepare_model_for_kbit_training(
     model.requires_grad_(False)
     use_cpu_attention(model)
     use_cpu_blocks(model)
+    use_cpu_rotary(model)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         enable_gradient_checkpointing(model, gradient_checkpointing_kwargs)
     return model

@@ -14,6 +14,7 @@ void bind_linear_dense(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_linear_cross_entropy(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_attention(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_rms_norm(pybind11::module_& cpu, pybind11::module_& cuda);
+void bind_rotary(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_swiglu(pybind11::module_& cpu, pybind11::module_& cuda);
 
 inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
@@ -25,6 +26,7 @@ inline void bind_operations(pybind11::module_& cpu, pybind11::module_& cuda) {
     bind_linear_cross_entropy(cpu, cuda);
     bind_attention(cpu, cuda);
     bind_rms_norm(cpu, cuda);
+    bind_rotary(cpu, cuda);
     bind_swiglu(cpu, cuda);
     bind_optim_step(cpu, cuda);
     bind_paged(cpu, cuda);

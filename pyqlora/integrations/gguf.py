@@ -225,6 +225,7 @@ def load_model(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
+    from pyqlora.integrations.rotary import use_cpu_rotary
     from pyqlora.nn import Linear4bit, Params4bit
     from pyqlora.nn.output_layer import use_output_layer
 
@@ -269,4 +270,5 @@ def load_model(
     model.to(device).eval()
     if quant_type:
         use_output_layer(model)
+        use_cpu_rotary(model)
     return model

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from pyqlora.integrations.rotary import use_cpu_rotary
 from pyqlora.nn import Linear4bit, Params4bit
 from pyqlora.nn.output_layer import use_output_layer
 from pyqlora.quant import PACKED_KEY, QUANT_TYPES, dequantize_4bit
@@ -109,6 +110,7 @@ class Quantizer(HfQuantizer):
             if not any(isinstance(op, Deserialize) for op in getattr(conversion, "operations", ()))
         ]
         use_output_layer(model)
+        use_cpu_rotary(model)
         _report_unquantized(model)
         _report_slow_products(self.quantization_config, model.dtype, model.device)
         _trim_heap()
