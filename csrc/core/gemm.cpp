@@ -12,6 +12,12 @@
 #include "core/simd_avx512.h"
 
 namespace pyqlora::cpu {
+namespace {
+
+constexpr int64_t kCacheLine = 16;  // floats
+constexpr int64_t kAlias = 1024;    // rows so many floats apart share a few sets of the caches
+
+}  // namespace
 
 namespace scalar {
 namespace {
@@ -166,7 +172,6 @@ class Placed {
 
 // Rows [first, first + count) of C.
 void multiply_rows(int64_t first, int64_t count, int64_t n, const std::vector<Term>& terms, int threads) {
-    constexpr int64_t kAlias = 1024;  // rows so many floats apart share a few sets of the caches
     const auto tile_across = PYQLORA_SELECT(tile<true>), tile_along = PYQLORA_SELECT(tile<false>);
     const int64_t width = tile_rows(), columns = tile_columns(), strips = ceil_div(count, width);
     int64_t floats = 0, deepest = 0;

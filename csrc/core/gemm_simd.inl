@@ -4,7 +4,7 @@
 constexpr int64_t kRows = Simd::tile_rows, kColumns = 2 * Simd::width;
 
 // c [kRows, kColumns] = (or +=) strip · panel. The strip's lines, `line` apart, are its rows or, across, the depth's
-// steps.
+// steps. The rows of the next strip are fetched ahead, except where they would share a few sets of the first cache.
 template <bool across>
 inline void tile(int64_t depth, const float* a, int64_t line, const float* b, float* c, int64_t stride, bool add) {
     Simd::Floats sum[kRows][2];
@@ -14,7 +14,12 @@ inline void tile(int64_t depth, const float* a, int64_t line, const float* b, fl
         sum[r][0] = sum[r][1] = Simd::zero();
         at[r] = across ? a + r : a + r * line;
     }
+    const int64_t next = line % kAlias ? kRows * line : 0;
     for (int64_t d = 0; d < depth; ++d, b += kColumns) {
+        if (!across && d % kCacheLine == 0) {
+#pragma GCC unroll 16
+            for (int r = 0; r < kRows; ++r) __builtin_prefetch(at[r] + next + d);
+        }
         const Simd::Floats left = Simd::load(b), right = Simd::load(b + Simd::width);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
