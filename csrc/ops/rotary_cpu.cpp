@@ -56,14 +56,15 @@ void rotary(const RotaryArgs& a, int threads) {
     dispatch_float<Half, BFloat16>(a.x.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const auto rotate = PYQLORA_SELECT(rotate<T>);
-        parallel_for(threads, a.x.numel / width, std::max<int64_t>(1, (1 << 14) / width), [&](int64_t row, int64_t end) {
-            for (; row < end; ++row) {
-                const int64_t at = row % positions * dim;
-                const Angle<T> angle(a.cos.as<T>() + at, a.sin.as<T>() + at, half, a.backward);
-                for (int64_t i = row * width; i < (row + 1) * width; i += dim)
-                    rotate(a.x.as<T>() + i, angle, half, a.y.as<T>() + i);
-            }
-        });
+        parallel_for(threads, a.x.numel / width, std::max<int64_t>(1, (1 << 14) / width),
+                     [&](int64_t row, int64_t end) {
+                         for (; row < end; ++row) {
+                             const int64_t at = row % positions * dim;
+                             const Angle<T> angle(a.cos.as<T>() + at, a.sin.as<T>() + at, half, a.backward);
+                             for (int64_t i = row * width; i < (row + 1) * width; i += dim)
+                                 rotate(a.x.as<T>() + i, angle, half, a.y.as<T>() + i);
+                         }
+                     });
     });
 }
 

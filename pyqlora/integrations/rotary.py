@@ -1,9 +1,9 @@
 """transformers' rotary position embedding on a CPU, in one pass: `pyqlora.ops.rotary`.
 
-transformers' attention layers call a function of their own file, `apply_rotary_pos_emb`. `use_cpu_rotary` finds those of
-a model that compute what the operation does, by trying them, and puts another function in their place. It gives the same
-bits, so that it does not matter which models of the process share the file, or whether they train; where the operation
-does not serve, it calls the function that was there.
+transformers' attention layers call a function of their own file, `apply_rotary_pos_emb`. `use_cpu_rotary` finds those
+of a model that compute what the operation does, by trying them, and puts another function in their place. It gives the
+same bits, so that it does not matter which models of the process share the file, or whether they train; where the
+operation does not serve, it calls the function that was there.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ that of the loss. Rows without a label are left out of the products. Logits are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -68,8 +69,14 @@ def linear_cross_entropy(
     wide = torch.promote_types(dtype, torch.float32)
     num_items = len(labels) if num_items is None else num_items
     scale = 1 / torch.as_tensor(num_items, dtype=wide, device=hidden.device)
-    chunk = chunk or max(1, CHUNK_BYTES // (len(weight) * wide.itemsize))
+    chunk = chunk or _chunk(len(rows), CHUNK_BYTES // (len(weight) * wide.itemsize))
     return _LinearCrossEntropy.apply(rows, weight, bias, labels, scale, chunk, dtype, wide)
+
+
+def _chunk(rows: int, most: int) -> int:
+    """The size of equal chunks of at most so many rows: each of them reads all of the weight."""
+    parts = math.ceil(rows / max(1, most))
+    return math.ceil(rows / parts) if parts else 1
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk: int | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pyqlora import _C
-from pyqlora.ops.linear_cross_entropy import linear_cross_entropy
+from pyqlora.ops.linear_cross_entropy import _chunk, linear_cross_entropy
 
 IGNORED = -100
 
@@ -147,3 +147,10 @@ def test_errors_of_the_output_layer_s_products():
         _C.cpu.logits(x, weight, logits, 0, 1)
     with pytest.raises(ValueError, match="logits_backward: dlogits: expected float32, got float16"):
         _C.cpu.logits_backward(logits.half(), weight, x, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "chunk"), [(0, 170, 1), (1, 170, 1), (170, 170, 170), (171, 170, 86), (1024, 170, 147), (3, 0, 1)]
+)
+def test_chunks_are_of_one_size(rows, most, chunk):
+    assert _chunk(rows, most) == chunk
