@@ -30,14 +30,19 @@ SIZES = {
 MODELS = {"Llama": True, "Mistral": True, "Qwen2": True, "Qwen3": True, "Gemma": True, "Glm": False}
 
 
-@pytest.fixture(autouse=True)
-def restored():
+def restore():
     """Every file's function is its own again."""
-    yield
     for module in list(sys.modules.values()):
         function = vars(module).get(NAME) if isinstance(module, types.ModuleType) else None
         if hasattr(function, "_switched_from"):
             setattr(module, NAME, function._switched_from)
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    restore()  # other tests load models too
+    yield
+    restore()
 
 
 @pytest.fixture
