@@ -55,7 +55,7 @@ def killer(kernel: str, folder: Path) -> str | None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TESTS)
     if done.returncode == 0:
         return None
-    if failure := re.search(r"^(?:FAILED|ERROR) \S*/(test_\w+\.py::.*)$", done.stdout, re.MULTILINE):
+    if failure := re.search(r"^(?:FAILED|ERROR) (?:\S*/)?(test_\w+\.py::.*)$", done.stdout, re.MULTILINE):
         return failure[1].replace("emulated_changed-", "").replace("[emulated_changed]", "")
     assert done.returncode < 0, done.stdout + done.stderr
     return f"signal {-done.returncode}"
