@@ -53,7 +53,8 @@ class Step {
         }
         if (a_.max_unorm > 0) hold_update_norms(chunks, threads);
         parallel_for(threads, chunks.size(), 1, [&](int64_t first, int64_t last) {
-            for (int64_t c = first; c < last; ++c) a_.quantized() ? step8(chunks[c]) : step32(chunks[c]);
+            for (int64_t c = first; c < last; ++c)
+                a_.quantized() ? step8(chunks[c], chunks[std::min(c + 1, last - 1)]) : step32(chunks[c]);
         });
     }
 
@@ -80,11 +81,14 @@ class Step {
         }
     }
 
-    static void prefetch(const T* x, int64_t n) {
-        for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+    template <class X>
+    static void prefetch(const X* x, int64_t n) {
+        for (int64_t i = 0; i < n; i += 64 / sizeof(X)) __builtin_prefetch(x + i);
     }
 
-    void step8(const Chunk& c) const {
+    // `next` is the chunk after this one. While a block is stepped, the memory of the block after it is fetched, a part
+    // at a time: a processor that has many lines under way waits for them.
+    void step8(const Chunk& c, const Chunk& next) const {
         T* p = a_.params[c.tensor].template as<T>();
         const T* g = a_.grads[c.tensor].template as<T>();
         for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
@@ -98,9 +102,14 @@ class Step {
                     Isa::decode(*codes_[k], state<uint8_t>(c.tensor, k, i), *absmax(c.tensor, k, i / kStateBlock), s[k],
                                 n);
             };
-            prefetch(g + i, n);  // to arrive while the states are decoded
-            prefetch(p + i, n);
+            const Chunk& ahead = i + n < c.end ? c : next;
+            const int64_t at = i + n < c.end ? i + n : next.begin, size = std::min(kStateBlock, ahead.end - at);
+            for (int k = 0; k < Rule::states; ++k) {
+                prefetch(state<uint8_t>(ahead.tensor, k, at), size);
+                prefetch(absmax(ahead.tensor, k, at / kStateBlock), 1);
+            }
             decode();
+            prefetch(a_.grads[ahead.tensor].template as<T>() + at, size);
             const float* gs = floats(g + i, gradient, n);
             float* ps = floats(p + i, parameter, n);
             const Rule& rule = rules_[c.tensor];
@@ -112,7 +121,9 @@ class Step {
                 for (int k = 0; k < Rule::states; ++k) largest[k] = bit_cast<uint32_t>(Isa::absmax(s[k], n));
             }
             if constexpr (!std::is_same_v<T, float>) Isa::copy(ps, p + i, n);
+            const int64_t share = ceil_div(size, Rule::states);
             for (int k = 0; k < Rule::states; ++k) {
+                prefetch(a_.params[ahead.tensor].template as<T>() + at + k * share, share);
                 const auto top = bit_cast<float>(largest[k]);
                 *absmax(c.tensor, k, i / kStateBlock) = top;
                 // A block too small for a normal reciprocal is stored as zeros.
