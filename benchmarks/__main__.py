@@ -1,14 +1,14 @@
 """`python -m benchmarks [quantize linear_4bit ...]`: run benchmarks, print tables, write JSON.
 
 Where torch has a GPU and this build its kernels, the benchmarks are those of benchmarks/gpu, with `dispatch`, which
-fits the thresholds between the kernels; else (or with --device cpu) those of the CPU.
+fits the thresholds between the kernels; else (or with --device cpu) those of the CPU, whose tables in README.md and
+RESULTS.md `--readme` writes anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from pathlib import Path
 
 import torch
@@ -20,20 +20,25 @@ HERE = Path(__file__).parent
 CPU_NAMES = sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py"))
 
 
-def on_cpu(names: list[str], threads: int, rounds: int, file: Path | None) -> None:
-    from benchmarks import harness
+def on_cpu(names: list[str], only: str, threads: int, rounds: int, file: Path | None, readme: bool) -> None:
+    from benchmarks import harness, report
 
-    machine = harness.machine(threads)
-    print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-    results = []
+    if readme:
+        file = HERE / f"{_C.cpu.isa()}.json"
     for name in names:
+        machine = harness.machine(threads)
+        print("\n".join(f"{key}: {value}" for key, value in machine.items()))
         print(f"\n## {name}\n\n{harness.HEADER}", flush=True)
+        results = []
         for case in importlib.import_module(f"benchmarks.bench_{name}").cases():
-            result = harness.measure(case, rounds)
-            print(harness.row(result), flush=True)
-            results.append({"benchmark": name, **result})
-    if file:
-        file.write_text(json.dumps({"machine": machine, "results": results}, indent=1))
+            if only not in case.name:
+                continue
+            results.append(harness.measure(case, rounds))
+            print(harness.row(results[-1]), flush=True)
+        if file:
+            report.keep(file, name, machine, results)
+    if readme:
+        report.write(file)
 
 
 def on_gpu(names: list[str], rounds: int, file: Path | None) -> None:
@@ -52,9 +57,11 @@ def main(given: list[str] | None = None) -> None:
     names = {"cpu": CPU_NAMES, "cuda": [*gpu_benchmarks.NAMES, "dispatch"]}
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names[device])}; default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help=f"default here: {device}")
+    parser.add_argument("--case", default="", metavar="TEXT", help="on a CPU: only cases with this in their names")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default 1: compare CPU time)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds; the median is reported")
-    parser.add_argument("--json", type=Path, help="write the machine and every result here")
+    parser.add_argument("--json", type=Path, help="write the machine and every result here, beside what is there")
+    parser.add_argument("--readme", action="store_true", help="of a checkout, on a CPU: keep the results, renew tables")
     arguments = parser.parse_args(given)
     known = names[arguments.device]
     if unknown := set(arguments.names) - set(known):
@@ -62,7 +69,8 @@ def main(given: list[str] | None = None) -> None:
     if arguments.device == "cuda":
         on_gpu(arguments.names or known, arguments.rounds, arguments.json)
     else:
-        on_cpu(arguments.names or known, arguments.threads, arguments.rounds, arguments.json)
+        names = arguments.names or known
+        on_cpu(names, arguments.case, arguments.threads, arguments.rounds, arguments.json, arguments.readme)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.harness import Case
-from benchmarks.models import IMPLEMENTATIONS, SMOLLM2_135M, adapted, checkpoint
+from benchmarks.models import IMPLEMENTATIONS, SMOLLM2_135M, adapted, as_installed, checkpoint
 
 TOKENS = 16
 BEST = {"pyqlora": torch.bfloat16, "bitsandbytes": torch.float32, "torch dense": torch.bfloat16}
@@ -44,4 +44,5 @@ def _case(name: str, dtypes: dict[str, torch.dtype]) -> Case:
         if dtypes["pyqlora"] == dtypes["bitsandbytes"]:
             assert torch.equal(generate(models["pyqlora"]), generate(models["bitsandbytes"]))
 
-    return Case(name, {name: lambda model=model: generate(model) for name, model in models.items()}, same)
+    runs = {name: as_installed(name, lambda model=model: generate(model)) for name, model in models.items()}
+    return Case(name, runs, same)

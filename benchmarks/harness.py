@@ -18,13 +18,14 @@ import torch
 class Case:
     """One operation on one shape. `runs`: name -> function; the first one is ours, "bitsandbytes" the peer.
 
-    `before` is called before every run, outside the time measured.
+    `before` is called before every run, outside the time measured. What takes minutes may run only `once`.
     """
 
     name: str
     runs: dict[str, Callable[[], object]]
     check: Callable[[], None]
     before: Callable[[], None] = lambda: None
+    once: tuple[str, ...] = ()
 
 
 def _median(samples: list[float]) -> float:
@@ -34,11 +35,14 @@ def _median(samples: list[float]) -> float:
 def measure(case: Case, rounds: int) -> dict:
     """CPU and wall milliseconds of every implementation: median, and the lowest and highest CPU time."""
     case.check()
-    for run in case.runs.values():
-        run()
+    for name, run in case.runs.items():
+        if name not in case.once:
+            run()
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in case.runs}
     for _ in range(rounds):
         for name, run in case.runs.items():
+            if name in case.once and samples[name]:
+                continue
             case.before()
             cpu, wall = time.process_time(), time.perf_counter()
             result = run()
@@ -53,6 +57,7 @@ def measure(case: Case, rounds: int) -> dict:
             "cpu_ms_min": min(cpu),
             "cpu_ms_max": max(cpu),
             "wall_ms": _median([w for _, w in pairs]),
+            "rounds": len(pairs),
         }
     return {"case": case.name, "runs": runs}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 import pyqlora
 from pyqlora.integrations import transformers as quantizer
@@ -95,3 +97,19 @@ def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
     if isinstance(model, pyqlora.PeftModel):
         return pyqlora.causal_lm_loss(model, ids, input_ids=ids)
     return model(input_ids=ids, labels=ids).loss
+
+
+def as_installed(implementation: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, for a peer as it is without pyqlora: a rotary position embedding of pyqlora would serve its model too."""
+    if implementation == "pyqlora":
+        return run
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        ours = modeling_llama.apply_rotary_pos_emb
+        modeling_llama.apply_rotary_pos_emb = getattr(ours, "_switched_from", ours)
+        try:
+            return run(*args, **kwargs)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = ours
+
+    return without

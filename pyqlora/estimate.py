@@ -29,7 +29,7 @@ from typing import Any
 from torch import nn
 
 from pyqlora import dense
-from pyqlora.ops.linear_cross_entropy import CHUNK_BYTES
+from pyqlora.ops.linear_cross_entropy import chunk_rows
 
 METHODS = ("full fine-tuning", "LoRA", "QLoRA")
 CHECKPOINTING = ("none", "selective", "full")  # see pyqlora.selective_checkpointing
@@ -141,7 +141,7 @@ def logits(shape: Shape, run: Run) -> int:
     """Bytes that the loss keeps, and of a chunk of logits beyond what a layer takes in their place afterwards."""
     kept, within = _of_a_layer(shape, run)
     rows = run.tokens if run.labelled is None else run.labelled
-    chunk = 4 * shape.vocabulary * min(rows, max(1, CHUNK_BYTES // (4 * shape.vocabulary)))
+    chunk = 4 * shape.vocabulary * chunk_rows(rows, 4 * shape.vocabulary)
     later = run.tokens * (within if run.checkpointing == "none" else kept + within)
     return int(rows * shape.hidden * run.itemsize + max(0, chunk - later))
 

@@ -83,7 +83,7 @@ def test_on_a_gpu():
 
 LARGE_RUNS = """
 import sys
-from benchmarks import growth, load, scale, shards
+from benchmarks import __main__, bench_decode, bench_step, growth, load, memory, models, scale, shards
 
 out = sys.argv[1]
 shards.SIZES["tiny"] = load.TINY | {"num_hidden_layers": 2, "tie_word_embeddings": True}
@@ -93,6 +93,15 @@ load.main([*tiny, f"{out}/load.json", "--rounds", "1"])
 growth.START = {"length": 4, "layers": 1, "batch": 1, "rank": 2}
 growth.DOUBLINGS, growth.STEPS, growth.VOCABULARY = 2, 1, 64
 growth.main(["--json", f"{out}/growth.json", "--plot", f"{out}/growth.svg"])
+models.SMOLLM2_135M.update(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+models.SMOLLM2_135M.update(num_attention_heads=4, num_key_value_heads=2)
+bench_step.CASES = [(1, 5, "fp32", bench_step.BEST), (2, 5, "bf16", bench_step.PLAIN)]
+bench_step.MANY = 9
+bench_decode.TOKENS = 2
+for name, case in (("step", ""), ("decode", "fp32"), ("decode", "bf16")):
+    __main__.main([name, "--case", case, "--device", "cpu", "--rounds", "2", "--json", f"{out}/cpu.json"])
+memory.BATCH, memory.LENGTH = 1, 5
+memory.main(["--json", f"{out}/memory.json"])
 """
 
 
@@ -143,6 +152,68 @@ def test_growth(large):
         {json.dumps(points[0]) for points in axes.values()}
     ) == 1
     assert printed.count("| length |") == 2 and (out / "growth.svg").read_text().count("from 4") == 1
+
+
+def test_steps_and_decoding(large):
+    out, printed = large
+    results = json.loads((out / "cpu.json").read_text())
+    step, decode = results["step"]["results"], results["decode"]["results"]
+    assert results["step"]["machine"]["threads"] == "1"
+    assert [case["case"] for case in step] == ["step 1x5 fp32, each at its best", "step 2x5 bf16, plain checkpointing"]
+    assert [sorted(case["runs"]) for case in step] == [
+        ["bitsandbytes", "pyqlora", "torch dense"],
+        ["bitsandbytes", "pyqlora"],
+    ]
+    assert step[1]["runs"]["bitsandbytes"]["rounds"] == 1 and step[1]["runs"]["pyqlora"]["rounds"] == 2
+    assert all(0 < run["cpu_ms_min"] <= run["cpu_ms"] for case in step + decode for run in case["runs"].values())
+    assert [case["case"] for case in decode] == ["decode 2 tokens fp32", "decode 2 tokens bf16, bitsandbytes fp32"]
+    assert "| step 1x5 fp32, each at its best |" in printed
+
+
+def test_memory(large):
+    out, printed = large
+    added = json.loads((out / "memory.json").read_text())
+    assert len(added) == 5 and all(size >= 0 for size in added.values())
+    assert all(f"| {name} |" in printed for name in added)
+
+
+def test_reports_of_results(tmp_path):
+    from benchmarks import report
+
+    file, results, readme = (tmp_path / name for name in ("cpu.json", "RESULTS.md", "README.md"))
+    place = "before\n<!-- measured: {} -->\nold\n<!-- end -->\nafter\n"
+    results.write_text(place.format("optim"))
+    readme.write_text(place.format("optimizers") + place.format("steps"))
+    _, wanted = report.TABLES["optimizers"]
+
+    def run(ms):
+        return {"cpu_ms": ms, "cpu_ms_min": ms, "cpu_ms_max": ms, "wall_ms": ms, "rounds": 3}
+
+    cases = [{"case": case, "runs": {"pyqlora": run(1234.5), "torch dense": run(617)}} for case in wanted]
+    cases[0]["runs"]["bitsandbytes"] = run(24690)
+    report.keep(file, "optim", {"CPU": "one"}, [cases[0], {"case": cases[1]["case"], "runs": {}}])
+    report.keep(file, "optim", {"CPU": "another"}, cases[1:])
+    assert list(json.loads(file.read_text())) == ["optim"] and not (tmp_path / "cpu.tmp").exists()
+    report.write(file, results, readme)
+    assert "CPU: another\n" in results.read_text() and "old" not in results.read_text()
+    table, rest = readme.read_text().split("after", 1)
+    assert "| AdamW8bit | 1,234 | 24,690 | 20× | 617 | 0.5× |\n" in table
+    assert "| PagedAdamW8bit | 1,234 | – | – | 617 | 0.5× |\n" in table
+    assert rest == "\n" + place.format("steps")  # not all of its cases were measured
+    report.keep(file, "decode", {}, [])
+    with pytest.raises(ValueError, match=r"RESULTS.md: no place for the table: <!-- measured: decode -->"):
+        report.write(file, results, readme)
+
+
+def test_the_tables_are_those_of_the_results(tmp_path):
+    from benchmarks import report
+
+    copies = [tmp_path / "RESULTS.md", tmp_path / "README.md"]
+    originals = [report.RESULTS, report.README]
+    for copy, original in zip(copies, originals, strict=True):
+        copy.write_text(original.read_text())
+    report.write(report.HERE / "avx2.json", *copies)
+    assert [c.read_text() for c in copies] == [o.read_text() for o in originals]
 
 
 def test_growth_of_a_line_and_a_parabola():

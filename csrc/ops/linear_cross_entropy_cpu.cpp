@@ -18,11 +18,14 @@ Lines window(const Lines& lines, int64_t line0, int64_t first0) {
     return part;
 }
 
+// From the beginning of a row to that of the next.
+int64_t stride(const TensorRef& logits, int64_t n) { return logits.contiguous ? n : logits.stride; }
+
 }  // namespace
 
 void logits(const LogitsArgs& a, int threads) {
     const Term term{a.k, strips_along(rows_of(a.x, a.k)), pack_along(rows_of(a.weight, a.k)),
-                    store_to(a.logits, a.n())};
+                    store_to(a.logits, stride(a.logits, a.n()))};
     multiply(a.m(), a.n(), {term}, threads);
 }
 
@@ -33,7 +36,7 @@ void logits_backward(const LogitsBackwardArgs& a, int threads) {
     const std::unique_ptr<float[]> sums(new float[m * k]());
     float* const sum = sums.get();
     const Then add = add_to({sum, m * k, DType::f32, Device::cpu}, k), store = store_to(a.dx, k);
-    const Lines dlogits = rows_of(a.dlogits, n), weight = rows_of(a.weight, k);
+    const Lines dlogits = rows_of(a.dlogits, stride(a.dlogits, n)), weight = rows_of(a.weight, k);
     for (int64_t first = 0; first < n; first += kPart) {
         const int64_t depth = std::min(kPart, n - first);
         const Term term{depth, strips_along(window(dlogits, 0, first)), pack_across(window(weight, first, 0)), add};

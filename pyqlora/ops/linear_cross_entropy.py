@@ -23,7 +23,8 @@ from pyqlora.ops.backend import native
 from pyqlora.ops.lora_linear import compute_dtype
 from pyqlora.ops.output import empty_output
 
-CHUNK_BYTES = 32 << 20  # of a chunk's logits, unless the caller says how many rows
+CHUNK_BYTES = 64 << 20  # of a chunk's logits, unless the caller says how many rows
+_GAP = 16  # between rows of logits
 _PIECE_BYTES = 8 << 20  # of the weight, where it is converted to the arithmetic's dtype piece by piece
 
 
@@ -47,7 +48,7 @@ def linear_cross_entropy(
         ignore_index: label of the rows that do not count.
         num_items: what the sum over rows is divided by, such as the trained tokens of all accumulated batches; by
             default the number of rows that count, of which 0 give NaN as in torch.
-        chunk: rows whose logits exist at a time; by default as many as have 32 MiB of them.
+        chunk: rows whose logits exist at a time; by default as many as have 64 MiB of them, or a few less.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs), differentiable once in hidden, weight and bias.
@@ -69,14 +70,14 @@ def linear_cross_entropy(
     wide = torch.promote_types(dtype, torch.float32)
     num_items = len(labels) if num_items is None else num_items
     scale = 1 / torch.as_tensor(num_items, dtype=wide, device=hidden.device)
-    chunk = chunk or _chunk(len(rows), CHUNK_BYTES // (len(weight) * wide.itemsize))
+    chunk = chunk or chunk_rows(len(rows), len(weight) * wide.itemsize)
     return _LinearCrossEntropy.apply(rows, weight, bias, labels, scale, chunk, dtype, wide)
 
 
-def _chunk(rows: int, most: int) -> int:
-    """The size of equal chunks of at most so many rows: each of them reads all of the weight."""
-    parts = math.ceil(rows / max(1, most))
-    return math.ceil(rows / parts) if parts else 1
+def chunk_rows(rows: int, row_bytes: int) -> int:
+    """Rows of logits in a chunk, of rows of so many bytes: chunks are of one size, for each reads all of the weight."""
+    chunks = math.ceil(rows / max(1, CHUNK_BYTES // row_bytes))
+    return math.ceil(rows / chunks) if chunks else 1
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk: int | None) -> None:
@@ -125,7 +126,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         drows = torch.zeros_like(rows) if need_rows else None
         dweight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         dbias = torch.zeros_like(bias, dtype=wide) if need_bias else None
-        buffer = empty_output(rows, (min(chunk, len(rows)), len(weight)), wide)
+        # Rows a multiple of 4 KB apart would share a few sets of the caches.
+        width = len(weight) + (_GAP if len(weight) % 1024 == 0 else 0)
+        buffer = empty_output(rows, (min(chunk, len(rows)), width), wide)[:, : len(weight)]
         with torch.autocast(rows.device.type, enabled=False):
             for first in range(0, len(rows), chunk):
                 part = slice(first, first + chunk)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from pyqlora import _C
-from pyqlora.ops.linear_cross_entropy import _chunk, linear_cross_entropy
+from pyqlora.ops.linear_cross_entropy import chunk_rows, linear_cross_entropy
 
 IGNORED = -100
 
@@ -39,7 +39,9 @@ def close(got, want, dtype, terms):
     assert ((got.double() - want).abs() <= bound).all(), ((got.double() - want).abs() - bound).max()
 
 
-@pytest.mark.parametrize("rows, k, vocabulary", [((1,), 1, 1), ((7,), 5, 3), ((2, 9), 16, 101), ((3, 2, 4), 31, 257)])
+@pytest.mark.parametrize(
+    "rows, k, vocabulary", [((1,), 1, 1), ((7,), 5, 3), ((2, 9), 16, 101), ((3, 2, 4), 31, 257), ((5,), 4, 1024)]
+)
 @pytest.mark.parametrize("chunk", [None, 1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_items", [None, 11])
@@ -122,11 +124,14 @@ def test_errors(change, text):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (7, 33, 130), (30, 64, 4099), (9, 300, 8200)])
-def test_the_output_layer_s_products(m, k, n, dtype):
+@pytest.mark.parametrize("gap", [0, 3])
+def test_the_output_layer_s_products(m, k, n, dtype, gap):
     """Vocabularies around the part of 4096 that the backward pass sums at a time."""
     g = torch.Generator().manual_seed(m)
     x, weight = torch.randn(m, k, generator=g).to(dtype), torch.randn(n, k, generator=g).to(dtype)
     logits, dlogits = torch.empty(m, n), torch.randn(m, n, generator=g)
+    if gap:
+        logits, dlogits = (torch.cat((t, torch.full((m, gap), torch.nan)), 1)[:, :n] for t in (logits, dlogits))
     _C.cpu.logits(x, weight, logits, k, 2)
     bound = 2**-23 * (k + 2) * x.double().abs() @ weight.double().abs().T
     assert ((logits - x.double() @ weight.double().T).abs() <= bound).all()
@@ -141,8 +146,12 @@ def test_errors_of_the_output_layer_s_products():
     x, weight, logits = torch.ones(2, 8), torch.ones(5, 8), torch.ones(2, 5)
     with pytest.raises(ValueError, match="logits: weight: expected rows of 8, got 35"):
         _C.cpu.logits(x, torch.ones(5, 7), logits, 8, 1)
-    with pytest.raises(ValueError, match="logits: logits: expected 10 elements, got 5"):
+    with pytest.raises(ValueError, match="logits: logits: expected 2 rows of 5, got 5 elements"):
         _C.cpu.logits(x, weight, logits[0], 8, 1)
+    with pytest.raises(ValueError, match="logits: logits: expected 2 rows of 5, got 10 elements"):
+        _C.cpu.logits(x, weight, torch.ones(5, 4)[:, :2], 8, 1)
+    with pytest.raises(ValueError, match="logits: logits: expected a contiguous tensor, or rows of one as in buffer"):
+        _C.cpu.logits(x, weight, torch.ones(5, 2).t(), 8, 1)
     with pytest.raises(ValueError, match="logits: k: expected a positive number, got 0"):
         _C.cpu.logits(x, weight, logits, 0, 1)
     with pytest.raises(ValueError, match="logits_backward: dlogits: expected float32, got float16"):
@@ -150,7 +159,8 @@ def test_errors_of_the_output_layer_s_products():
 
 
 @pytest.mark.parametrize(
-    ("rows", "most", "chunk"), [(0, 170, 1), (1, 170, 1), (170, 170, 170), (171, 170, 86), (1024, 170, 147), (3, 0, 1)]
+    ("rows", "columns", "chunk"),
+    [(0, 49152, 1), (1, 49152, 1), (341, 49152, 341), (342, 49152, 171), (1024, 49152, 256), (3, 1 << 25, 1)],
 )
-def test_chunks_are_of_one_size(rows, most, chunk):
-    assert _chunk(rows, most) == chunk
+def test_chunks_are_of_one_size(rows, columns, chunk):
+    assert chunk_rows(rows, 4 * columns) == chunk
