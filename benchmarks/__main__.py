@@ -35,6 +35,8 @@ def on_cpu(names: list[str], only: str, threads: int, rounds: int, file: Path | 
                 continue
             results.append(harness.measure(case, rounds))
             print(harness.row(results[-1]), flush=True)
+        if not results:
+            raise SystemExit(f"no case of {name} has {only!r} in its name")
         if file:
             report.keep(file, name, machine, results)
     if readme:

@@ -67,7 +67,7 @@ TABLES: dict[str, tuple[str, dict[str, str | None]]] = {
 
 
 def keep(file: Path, benchmark: str, machine: dict[str, str], results: list[dict[str, Any]]) -> None:
-    """A benchmark's results into a file, in the places of former ones of the same cases."""
+    """A benchmark's results into a file, in the places of former ones of these cases; the machine is the last run's."""
     everything = json.loads(file.read_text()) if file.exists() else {}
     former = everything.get(benchmark, {"results": []})["results"]
     cases = {result["case"]: result for result in [*former, *results]}

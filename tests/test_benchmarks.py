@@ -170,6 +170,15 @@ def test_steps_and_decoding(large):
     assert "| step 1x5 fp32, each at its best |" in printed
 
 
+def test_a_case_that_is_not_there(tmp_path):
+    from benchmarks import __main__
+
+    arguments = ["quantize", "--case", "of old", "--device", "cpu", "--json", str(tmp_path / "cpu.json")]
+    with pytest.raises(SystemExit, match="no case of quantize has 'of old' in its name"):
+        __main__.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory(large):
     out, printed = large
     added = json.loads((out / "memory.json").read_text())

@@ -41,7 +41,12 @@ def mlp_4bit(dtype: torch.dtype = torch.float32) -> Mlp:
 
 def llama(dtype: torch.dtype = torch.float32, **changes):
     """A random Llama of two blocks; transformers must be installed."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return causal_lm("Llama", dtype, **changes)
+
+
+def causal_lm(name: str, dtype: torch.dtype = torch.float32, **changes):
+    """A random model of two blocks, of the architecture that transformers calls so."""
+    import transformers
 
     sizes = {
         "vocab_size": 64,
@@ -53,7 +58,8 @@ def llama(dtype: torch.dtype = torch.float32, **changes):
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes})).to(dtype)
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **changes})
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype)
 
 
 def randomize(model: nn.Module, seed: int = 1) -> None:

@@ -17,23 +17,12 @@ from pyqlora.ops import rms_norm, swiglu
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 # Norms and gated layers that are switched: two norms a block and the last one; Qwen3 has norms of queries and keys.
 MODELS = {"Llama": (5, 2), "Mistral": (5, 2), "Qwen2": (5, 2), "Qwen3": (9, 2), "Gemma": (0, 0), "Olmo2": (0, 2)}
 
 
 def build(name, dtype=torch.float32):
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES))
+    model = tiny.causal_lm(name, head_dim=8)
     tiny.randomize(model)
     return model.to(dtype)
 

@@ -16,16 +16,6 @@ from pyqlora.ops import rotary
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
 # Whether the function in the model's file is the formula: GLM's turns neighbours, of a part of each head.
 MODELS = {"Llama": True, "Mistral": True, "Qwen2": True, "Qwen3": True, "Gemma": True, "Glm": False}
 
@@ -55,8 +45,7 @@ def calls(monkeypatch):
 
 
 def build(name="Llama", dtype=torch.float32):
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES))
+    model = tiny.causal_lm(name, head_dim=8)
     tiny.randomize(model)
     return model.to(dtype)
 
