@@ -141,6 +141,8 @@ class _Memory:
     def upload(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(self.upload(v) for v in value)
+        if isinstance(value, dict):
+            return {key: self.upload(v) for key, v in value.items()}
         if not isinstance(value, torch.Tensor) or value.numel() == 0:
             return value
         if not value.is_contiguous():  # with what lies between its elements

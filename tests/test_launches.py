@@ -13,7 +13,7 @@ import torch
 
 from pyqlora.ops import backend as dispatch
 from pyqlora.ops import linear_4bit_cuda, lora_linear_cuda, quantize
-from pyqlora.ops.optim_step import RULES, Batch, optim_step
+from pyqlora.ops.optim_step import RULES, optim_step
 from pyqlora.optim.states import encode, state_specs
 from pyqlora.quant_maps import create_dynamic_map
 
@@ -93,10 +93,9 @@ def step(rule, bits):
     def run(param, grad, *state):
         names = list(state_specs(rule, param, bits))
         names += ["qmap1", "qmap2"] if bits == 8 else ["unorm_vec"]
-        batch = Batch()
-        batch.add([param], [grad], [dict(zip(names, state, strict=True)) | {"step": 3}])
+        states = [dict(zip(names, state, strict=True)) | {"step": 3}]
         options = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "weight_decay": 0.1}
-        optim_step(RULES[rule].name, batch, lr=1e-2, max_unorm=float(bits == 32), **options)
+        optim_step(RULES[rule].name, [param], [grad], states, lr=1e-2, max_unorm=float(bits == 32), **options)
         return (param, *state)
 
     return run

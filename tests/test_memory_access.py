@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyqlora.ops import backend, linear_4bit_cuda, lora_linear_cuda, quantize
-from pyqlora.ops.optim_step import RULES, Batch, optim_step
+from pyqlora.ops.optim_step import RULES, optim_step
 from pyqlora.optim.states import encode, state_specs
 from pyqlora.quant_maps import create_dynamic_map
 
@@ -131,9 +131,7 @@ def optimizer_batch(rule, bits, dtype):
             state[key], state["absmax" + key[-1]] = encode(state[key], state["qmap" + key[-1]])
     if rule == "lamb" and bits == 32:
         state["unorm_vec"] = torch.zeros(1)
-    batch = Batch()
-    batch.add([p], [g], [state])
-    return batch
+    return [p], [g], [state]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -143,7 +141,7 @@ def test_optim_step(rule, bits, dtype):
     batch = optimizer_batch(rule, bits, dtype)
     limit = 1.0 if rule == "lamb" and bits == 32 else 0.0
     options = {"beta1": 0.9, "beta2": 0.99, "beta3": 0.0, "alpha": 0.0, "eps": 1e-8, "weight_decay": 0.1}
-    totals = counted(lambda: optim_step(RULES[rule].name, batch, lr=1e-2, max_unorm=limit, **options))
+    totals = counted(lambda: optim_step(RULES[rule].name, *batch, lr=1e-2, max_unorm=limit, **options))
     # A lane's eight floats are two requests of 16 bytes for the same sectors; 16-bit and 8-bit ones are one.
     for kind in ("load", "store"):
         assert ratio(totals, "device", kind, 16) < (CLOSE if (bits, dtype) == (8, torch.bfloat16) else 2.01)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,39 +40,11 @@ RULES = {
 }
 
 
-@dataclass
-class Batch:
-    """Tensors that are stepped together: parallel lists, of one dtype, one device and one form of state."""
-
-    steps: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    state1: list[Tensor] = field(default_factory=list)
-    state2: list[Tensor] = field(default_factory=list)
-    absmax1: list[Tensor] = field(default_factory=list)
-    absmax2: list[Tensor] = field(default_factory=list)
-    unorm: list[Tensor] = field(default_factory=list)
-    qmap1: Tensor | None = None
-    qmap2: Tensor | None = None
-
-    def add(self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Any]]) -> None:
-        """Append parameters with their states, whose `step` already counts this one."""
-        self.steps += [state["step"] for state in states]
-        self.params += params
-        self.grads += grads
-        first = states[0]
-        for key in ("state1", "state2", "absmax1", "absmax2"):
-            if key in first:
-                getattr(self, key).extend([state[key] for state in states])
-        if "absmax1" in first:
-            self.qmap1, self.qmap2 = first["qmap1"], first.get("qmap2")
-        elif "unorm_vec" in first:
-            self.unorm += [state["unorm_vec"] for state in states if "unorm_vec" in state]
-
-
 def optim_step(
     rule: str,
-    batch: Batch,
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Any]],
     *,
     lr: float,
     beta1: float,
@@ -83,41 +55,37 @@ def optim_step(
     weight_decay: float,
     max_unorm: float,
 ) -> None:
-    """Step `batch.params` and their states in place; `batch.steps` counts from 1 and includes this step.
+    """Step parameters and their states in place.
+
+    Args:
+        rule: the `name` of one of `RULES`.
+        params: float32, float16 or bfloat16 tensors.
+        grads: of the parameters' shapes and dtypes.
+        states: with the tensors of `pyqlora.optim.states.state_specs`, their maps (`qmap1`, `qmap2`) if they are codes,
+            and `step`, which counts from 1 and includes this one.
+        max_unorm: above 0, |u| <= max_unorm |p| for every parameter with float32 states, whose `unorm_vec` takes |u|.
 
     Raises:
-        ValueError: tensors that do not fit each other.
+        ValueError: tensors that do not fit each other, or that a state lacks.
         RuntimeError: CUDA's own, where a launch fails.
     """
-    module, context = native(batch.params[0])
+    module, context = native(params[0])
     workspace = None
     if max_unorm > 0:
-        chunks = sum(math.ceil(p.numel() / NORM_CHUNK) for p in batch.params)
-        workspace = torch.empty(chunks * 16, dtype=torch.uint8, device=batch.params[0].device)
-    module.optim_step(
-        rule,
-        batch.steps,
-        batch.params,
-        batch.grads,
-        batch.state1,
-        batch.state2,
-        batch.absmax1,
-        batch.absmax2,
-        batch.qmap1,
-        batch.qmap2,
-        batch.unorm,
-        workspace,
-        lr,
-        beta1,
-        beta2,
-        beta3,
-        alpha,
-        eps,
-        weight_decay,
-        max_unorm,
-        context,
-    )
-    _increment_versions(batch.params)  # for whoever kept one: autograd, lora_shared_cuda
+        chunks = sum(math.ceil(p.numel() / NORM_CHUNK) for p in params)
+        workspace = torch.empty(chunks * 16, dtype=torch.uint8, device=params[0].device)
+    hyper = {
+        "lr": lr, "beta1": beta1, "beta2": beta2, "beta3": beta3, "alpha": alpha, "eps": eps,
+        "weight_decay": weight_decay, "max_unorm": max_unorm,
+    }  # fmt: skip
+    left = module.optim_step(rule, params, grads, states, workspace, *hyper.values(), context)
+    _increment_versions(params)  # for whoever kept one: autograd, lora_shared_cuda
+    if left:  # tensors of other devices, and those that are not contiguous
+        copies = [params[i].contiguous() for i in left]
+        optim_step(rule, copies, [grads[i].contiguous() for i in left], [states[i] for i in left], **hyper)
+        for i, copy in zip(left, copies, strict=True):
+            if copy is not params[i]:
+                params[i].copy_(copy)
 
 
 def _increment_versions(tensors: list[Tensor]) -> None:

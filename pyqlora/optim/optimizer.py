@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyqlora.ops.optim_step import RULES, Batch, optim_step
+from pyqlora.ops.optim_step import RULES, optim_step
 from pyqlora.ops.paged import paged_zeros
 from pyqlora.ops.paged_cuda import GROUP_BYTES, Pages, in_turn, paged_by_gpu
 from pyqlora.optim.manager import GlobalOptimManager
@@ -108,24 +108,16 @@ class Optimizer8bit(torch.optim.Optimizer):
     def _step_together(
         self, config: dict[str, Any], params: list[Tensor], states: list[dict], pages: Pages | None = None
     ) -> None:
-        """One native call for all parameters of equal dtype, device, width of state and, where it matters, step."""
+        """One native call, or one for each count of steps where a hyperparameter follows it."""
         for state in states:
             state["step"] += 1
-        parts = _split(params, states, [p.dtype for p in params])
-        parts = [part for some in parts for part in _split(*some, [p.device for p in some[0]])]
-        parts = [part for some in parts for part in _split(*some, ["absmax1" in state for state in some[1]])]
+        parts = [(params, states)]
         if config.get("t_alpha") or config.get("t_beta3"):
-            parts = [part for some in parts for part in _split(*some, [state["step"] for state in some[1]])]
+            parts = _split(params, states, [state["step"] for state in states])
         for params, states in parts:
             if pages is not None:
                 states = [{k: pages.on_device(v) if k in PAGED else v for k, v in state.items()} for state in states]
-            contiguous = [p.contiguous() for p in params]
-            batch = Batch()
-            batch.add(contiguous, [p.grad.contiguous() for p in params], states)
-            _step(self.optimizer_name, config, batch)
-            for p, copy in zip(params, contiguous, strict=True):
-                if p is not copy:
-                    p.copy_(copy)
+            _step(self.optimizer_name, config, params, states)
 
     def _configs(
         self, group_index: int, group: dict[str, Any], params: list[Tensor]
@@ -361,10 +353,10 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     return create_dynamic_map(signed).to(device)
 
 
-def _step(optimizer_name: str, config: dict[str, Any], batch: Batch) -> None:
+def _step(optimizer_name: str, config: dict[str, Any], params: list[Tensor], states: list[dict]) -> None:
     """One native call. As in bitsandbytes, 8-bit states go without the limit on the update's norm."""
     beta1, beta2, beta3 = (*config["betas"], 0.0)[:3]
-    alpha, step = config.get("alpha", 0.0), batch.steps[0]
+    alpha, step = config.get("alpha", 0.0), states[0]["step"]
     if config.get("t_alpha"):
         alpha = min(step * alpha / config["t_alpha"], alpha)
     if config.get("t_beta3"):
@@ -373,7 +365,9 @@ def _step(optimizer_name: str, config: dict[str, Any], batch: Batch) -> None:
         beta3 = min(math.exp(ln1 * ln3 / ((1 - part) * ln3 + part * ln1)), beta3)
     optim_step(
         RULES[optimizer_name].name,
-        batch,
+        params,
+        [p.grad for p in params],
+        states,
         lr=float(config["lr"]),
         beta1=beta1,
         beta2=beta2,
@@ -381,5 +375,5 @@ def _step(optimizer_name: str, config: dict[str, Any], batch: Batch) -> None:
         alpha=alpha,
         eps=config["eps"],
         weight_decay=config["weight_decay"],
-        max_unorm=config["max_unorm"] if batch.qmap1 is None else 0.0,
+        max_unorm=config["max_unorm"],
     )

@@ -1,13 +1,14 @@
 """optim_step on every backend: the CPU's results bit for bit, since every sum and rounding has one order."""
 
 import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from pyqlora import _C
 from pyqlora.ops import backend as dispatch
-from pyqlora.ops.optim_step import BLOCKSIZE, NORM_CHUNK, RULES, Batch, optim_step
+from pyqlora.ops.optim_step import BLOCKSIZE, NORM_CHUNK, RULES, optim_step
 from pyqlora.optim.states import encode, state_specs
 from pyqlora.quant_maps import create_dynamic_map
 
@@ -19,6 +20,19 @@ HYPER = {
     "max_unorm": 0.0,
 }  # fmt: skip
 LIMITS = {"lamb": 1.0, "lars": 0.02}
+
+
+@dataclass
+class Batch:
+    """What one call steps: parallel lists."""
+
+    params: list[torch.Tensor] = field(default_factory=list)
+    grads: list[torch.Tensor] = field(default_factory=list)
+    states: list[dict] = field(default_factory=list)
+
+    def each(self, key):
+        """That entry of all states."""
+        return [state[key] for state in self.states if key in state]
 
 
 def make_batch(rule, bits, dtype, sizes, seed=0, steps=None):
@@ -44,27 +58,26 @@ def make_batch(rule, bits, dtype, sizes, seed=0, steps=None):
                 state["qmap" + key[-1]] = qmap
         if rule in LIMITS and bits == 32:
             state["unorm_vec"] = torch.zeros(1)
-        batch.add([p], [g], [state])
+        batch.params.append(p), batch.grads.append(g), batch.states.append(state)
     return batch
 
 
 def tensors(batch):
-    lists = (batch.params, batch.state1, batch.state2, batch.absmax1, batch.absmax2, batch.unorm)
-    return [t for group in lists for t in group]
+    keys = ("state1", "state2", "absmax1", "absmax2", "unorm_vec")
+    return batch.params + [t for key in keys for t in batch.each(key)]
 
 
 def move(batch, device):
-    for name in ("params", "grads", "state1", "state2", "absmax1", "absmax2", "unorm"):
-        setattr(batch, name, [t.to(device) for t in getattr(batch, name)])
-    for name in ("qmap1", "qmap2"):
-        if getattr(batch, name) is not None:
-            setattr(batch, name, getattr(batch, name).to(device))
+    batch.params = [t.to(device) for t in batch.params]
+    batch.grads = [t.to(device) for t in batch.grads]
+    for state in batch.states:
+        state |= {key: value.to(device) for key, value in state.items() if key != "step"}
     return batch
 
 
 def step(rule, batch, **hyper):
-    limit = LIMITS.get(rule, 0.0) if batch.qmap1 is None else 0.0
-    optim_step(RULES[rule].name, batch, **{**HYPER, "max_unorm": limit, **hyper})
+    hyper = {**HYPER, "max_unorm": LIMITS.get(rule, 0.0), **hyper}
+    optim_step(RULES[rule].name, batch.params, batch.grads, batch.states, **hyper)
 
 
 def check_against_cpu(backend, rule, make, steps=2, prepare=lambda batch: batch, **hyper):
@@ -102,12 +115,12 @@ def test_misaligned_and_empty_tensors(backend, bits, shifted):
         for name in ("params", "grads"):
             views = [t[1:] for t in getattr(batch, name)]  # two bytes off
             setattr(batch, name, views if name == shifted else [t.clone() for t in views])
-        for name in ("state1", "state2"):
-            setattr(batch, name, [torch.cat([t[..., 1:]], -1) for t in getattr(batch, name)])  # aligned, unlike views
-        for name in ("absmax1", "absmax2"):
-            blocks = [math.ceil(p.numel() / BLOCKSIZE) for p in batch.params]
-            absmax = getattr(batch, name)
-            setattr(batch, name, [t[..., :n].contiguous() for t, n in zip(absmax, blocks, strict=False)])
+        for p, state in zip(batch.params, batch.states, strict=True):
+            for key in ("state1", "state2"):
+                state[key] = torch.cat([state[key][..., 1:]], -1)  # aligned, unlike views
+            for key in ("absmax1", "absmax2"):
+                if key in state:
+                    state[key] = state[key][..., : math.ceil(p.numel() / BLOCKSIZE)].contiguous()
         return batch
 
     def make():
@@ -137,7 +150,7 @@ def test_zero_and_tiny_blocks(backend):
 
     def make():
         batch = make_batch("adam", 8, torch.float32, [5 * BLOCKSIZE])
-        batch.absmax1[0].zero_(), batch.absmax2[0].zero_()
+        batch.states[0]["absmax1"].zero_(), batch.states[0]["absmax2"].zero_()
         for block, value in enumerate([0.0, 1e-44, 1e-38, 2**-126]):
             batch.grads[0][block * BLOCKSIZE : (block + 1) * BLOCKSIZE] = value
         return batch
@@ -165,7 +178,7 @@ def test_encoding_is_to_the_nearest_entry(backend, signed):
     wanted = wanted if signed else batch.grads[0] * batch.grads[0]
     batch = move(batch, backend.device)
     step(rule, batch, beta1=0.0, beta2=0.0)
-    codes = (batch.state1 if signed else batch.state2)[0].cpu().flatten()
+    codes = batch.states[0]["state1" if signed else "state2"].cpu().flatten()
     assert torch.equal(codes, encode(wanted, qmap)[0])
     distance = (wanted.double()[:, None] - qmap.double()).abs()
     assert torch.equal(distance.gather(1, codes.long()[:, None])[:, 0], distance.min(1).values)
@@ -189,9 +202,10 @@ def test_instruction_sets_agree_on_every_code_and_scale(isa, rule):
         n = blocks * BLOCKSIZE - 3  # the last one is not whole
         batch = make_batch(rule, 8, torch.float32, [n])
         codes = torch.arange(BLOCKSIZE, dtype=torch.uint8).repeat(blocks)[:n]
-        for t in batch.state1 + batch.state2:
-            t.view(-1, n).copy_(codes.roll(7 if t is batch.state1[0] else 0))
-        for t in batch.absmax1 + batch.absmax2:
+        for key in ("state1", "state2"):
+            for t in batch.each(key):
+                t.view(-1, n).copy_(codes.roll(7 if key == "state1" else 0))
+        for t in batch.each("absmax1") + batch.each("absmax2"):
             t.view(-1, blocks).copy_(scales.repeat_interleave(len(gradients)))
         # Not finite in one element of a block, else in all.
         values = gradients.repeat(len(scales)).repeat_interleave(BLOCKSIZE)[:n]
@@ -223,42 +237,80 @@ def test_a_bad_gradient_changes_no_neighbour(backend):
 def test_norms_against_float64(backend, rule):
     """|u| to the rounding of its float32 terms."""
     batch = make_batch(rule, 32, torch.float32, [33 * NORM_CHUNK + 5])  # more chunks than a warp has lanes
-    p, g, m = batch.params[0].double(), batch.grads[0].double(), batch.state1[0].double()
+    p, g, m = batch.params[0].double(), batch.grads[0].double(), batch.states[0]["state1"].double()
     if rule == "lars":
         u = HYPER["beta1"] * m + g + HYPER["weight_decay"] * p
     else:
-        v = HYPER["beta2"] * batch.state2[0].double() + (1 - HYPER["beta2"]) * g * g
+        v = HYPER["beta2"] * batch.states[0]["state2"].double() + (1 - HYPER["beta2"]) * g * g
         u = (HYPER["beta1"] * m + (1 - HYPER["beta1"]) * g) / (
             v.sqrt() + HYPER["eps"] * math.sqrt(1 - HYPER["beta2"] ** 3)
         )
     batch = move(batch, backend.device)
     step(rule, batch)
-    torch.testing.assert_close(batch.unorm[0].double().cpu()[0], u.norm(), rtol=8 * 2**-24, atol=0)
+    torch.testing.assert_close(batch.states[0]["unorm_vec"].double().cpu()[0], u.norm(), rtol=8 * 2**-24, atol=0)
 
 
-def test_arguments_are_checked(backend):
-    def with_(change, **hyper):
-        batch = move(make_batch("adam", 32, torch.float32, [10]), backend.device)
-        change(batch)
-        step("adam", batch, **hyper)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.grads.pop(), r"grads: expected a list of 2 \(params has 2\), got 1"),
+        (lambda b: b.states.pop(), r"states: expected a list of 2 \(params has 2\), got 1"),
+        (lambda b: b.states.__setitem__(1, [1]), "states: expected dictionaries, got list"),
+        (lambda b: b.states[1].pop("step"), r"states: expected an entry 'step', got only \['state1', 'state2'\]"),
+        (lambda b: b.states[1].pop("state2"), r"states: expected an entry 'state2', got only \['step', 'state1'\]"),
+        (lambda b: b.states[0].update(absmax1=torch.zeros(1)), "states: expected an entry 'qmap1', got only"),
+        (lambda b: b.states[1].update(state1=b.states[1]["state1"][:9]), "state1: expected 10 elements, got 9"),
+        (lambda b: b.states[1].update(state2=b.states[1]["state2"].half()), "state2: expected float32, got float16"),
+        (lambda b: b.states[0].update(step=0), "steps: expected 1 or more, got 0"),
+        (lambda b: b.grads.__setitem__(0, b.grads[0][:9]), "grads: expected 10 elements, got 9"),
+        (lambda b: b.grads.__setitem__(0, b.grads[0].half()), "grads: expected float32, got float16"),
+        (lambda b: b.params.__setitem__(0, b.params[0].double()), "params: expected float32 or float16 or bfloat16, got"),
+    ],
+)
+def test_arguments_are_checked(backend, change, message):
+    batch = move(make_batch("adam", 32, torch.float32, [10, 10]), backend.device)
+    before = [p.clone() for p in batch.params]
+    change(batch)
+    with pytest.raises(ValueError, match=f"optim_step: {message}"):
+        step("adam", batch)
+    assert all(torch.equal(p.to(q.dtype), q) for p, q in zip(batch.params, before, strict=True))
 
-    def set_(name, value):
-        return lambda batch: setattr(batch, name, value)
 
-    with pytest.raises(ValueError, match=r"optim_step: grads: expected a list of 1 \(params has 1\), got 0"):
-        with_(set_("grads", []))
-    with pytest.raises(ValueError, match="optim_step: state1: expected 10 elements, got 9"):
-        with_(lambda batch: set_("state1", [batch.state1[0][:9]])(batch))
-    with pytest.raises(ValueError, match="optim_step: steps: expected 1 or more, got 0"):
-        with_(set_("steps", [0]))
-    with pytest.raises(ValueError, match="optim_step: state2: expected float32, got float16"):
-        with_(lambda batch: set_("state2", [batch.state2[0].half()])(batch))
-    with pytest.raises(ValueError, match=r"optim_step: unorm: expected a list of 1 \(params has 1\), got 0"):
-        with_(lambda batch: None, max_unorm=1.0)
-    eight = move(make_batch("lamb", 8, torch.float32, [300]), backend.device)
-    eight.unorm = [torch.zeros(1, device=backend.device)]
-    with pytest.raises(ValueError, match="optim_step: max_unorm: expected 0 with 8-bit states, got 1"):
-        step("lamb", eight, max_unorm=1.0)
+def test_a_limit_needs_a_place_for_the_norm(backend):
+    batch = move(make_batch("adam", 32, torch.float32, [10]), backend.device)
+    with pytest.raises(ValueError, match="optim_step: states: expected an entry 'unorm_vec', got only"):
+        step("adam", batch, max_unorm=1.0)
+
+
+def test_8_bit_states_go_without_the_limit(backend):
+    limited, free = (move(make_batch("lamb", 8, torch.float32, [300]), backend.device) for _ in range(2))
+    step("lamb", limited, max_unorm=1e-9)
+    step("lamb", free, max_unorm=0.0)
+    assert torch.equal(limited.params[0], free.params[0])
+
+
+@pytest.mark.parametrize("rule", ["adam", "lamb"])
+def test_unlike_tensors_in_one_call(backend, rule):
+    """Of three dtypes, with states of two widths, and strided parameters and gradients between them: as one by one."""
+    kinds = [(torch.float32, 8), (torch.bfloat16, 32), (torch.float32, 32), (torch.float16, 8), (torch.bfloat16, 32)]
+
+    def make():
+        batches = [make_batch(rule, bits, dtype, [300 + i], i) for i, (dtype, bits) in enumerate(kinds)]
+        return [move(batch, backend.device) for batch in batches]
+
+    def strided(t):
+        return torch.stack([t, t], -1)[:, 0]
+
+    alone, together = make(), make()
+    together[1].params[0] = strided(together[1].params[0])
+    together[2].grads[0] = strided(together[2].grads[0])
+    for batch in alone:
+        step(rule, batch)
+    parts = ([x for batch in together for x in getattr(batch, name)] for name in ("params", "grads", "states"))
+    step(rule, Batch(*parts))
+    for one, other in zip(alone, together, strict=True):
+        for got, expected in zip(tensors(other), tensors(one), strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -266,7 +318,7 @@ def test_other_maps_are_refused(signed):
     batch = make_batch("adam", 8, torch.float32, [300])
     qmap = create_dynamic_map(signed)
     qmap[200] = (qmap[200] + 3 * qmap[201]) / 4  # in order, and near enough to go unseen by a look at the ends
-    setattr(batch, "qmap1" if signed else "qmap2", qmap)
+    batch.states[0]["qmap1" if signed else "qmap2"] = qmap
     name = "qmap1: expected the signed" if signed else "qmap2: expected the unsigned"
     with pytest.raises(ValueError, match=f"optim_step: {name} dynamic map of create_dynamic_map, got another"):
         step("adam", batch)
@@ -274,7 +326,6 @@ def test_other_maps_are_refused(signed):
 
 def test_workspace_is_checked():
     batch = make_batch("lamb", 32, torch.float32, [NORM_CHUNK + 1])
-    lists = (batch.params, batch.grads, batch.state1, batch.state2, [], [], None, None, batch.unorm)
-    numbers = (1e-2, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1.0, 1)
-    with pytest.raises(ValueError, match="optim_step: workspace: expected 32 elements, got 31"):
-        _C.cpu.optim_step("adam", [1], *lists, torch.empty(31, dtype=torch.uint8), *numbers)
+    workspace, numbers = torch.empty(31, dtype=torch.uint8), (1e-2, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1.0, 1)
+    with pytest.raises(ValueError, match="optim_step: workspace: expected 32 elements or more, got 31"):
+        _C.cpu.optim_step("adam", batch.params, batch.grads, batch.states, workspace, *numbers)

@@ -10,7 +10,7 @@ import torch
 from twins import parameters, set_gradients
 
 import pyqlora.optim as optim
-from pyqlora.ops.optim_step import Batch, optim_step
+from pyqlora.ops.optim_step import optim_step
 from pyqlora.quant_maps import create_dynamic_map
 
 
@@ -268,28 +268,18 @@ def test_sparse_gradients_are_refused():
         optim.AdamW(embedding.parameters()).step()
 
 
-def step_adam(**lists):
-    x = [torch.zeros(300)]
-    fields = {"steps": [1], "params": x, "grads": x, "state1": x, "state2": x, **lists}
-    numbers = dict.fromkeys(("lr", "beta1", "beta2", "beta3", "alpha", "eps", "weight_decay", "max_unorm"), 0.0)
-    optim_step(lists.pop("rule", "adam"), Batch(**{k: v for k, v in fields.items() if k != "rule"}), **numbers)
-
-
 @pytest.mark.parametrize(
-    ("lists", "message"),
+    ("rule", "state", "message"),
     [
-        ({"rule": "newton"}, "rule: expected adam, ademamix, lion, momentum, rmsprop or adagrad, got 'newton'"),
-        ({"steps": [0]}, "optim_step: steps: expected 1 or more, got 0"),
-        ({"state2": []}, r"state2: expected a list of 1 \(params has 1\), got 0"),
-        ({"grads": [torch.zeros(299)]}, "grads: expected 300 elements, got 299"),
-        ({"grads": [torch.zeros(300).half()]}, "grads: expected float32, got float16"),
-        ({"state1": [torch.zeros(300, dtype=torch.uint8)]}, "state1: expected float32, got uint8"),
+        ("newton", {}, "rule: expected adam, ademamix, lion, momentum, rmsprop or adagrad, got 'newton'"),
+        ("adam", {"state1": torch.zeros(300, dtype=torch.uint8)}, "state1: expected float32, got uint8"),
         (
+            "adam",
             {
-                "state1": [torch.zeros(300, dtype=torch.uint8)],
-                "state2": [torch.zeros(300, dtype=torch.uint8)],
-                "absmax1": [torch.zeros(2)],
-                "absmax2": [torch.zeros(2)],
+                "state1": torch.zeros(300, dtype=torch.uint8),
+                "state2": torch.zeros(300, dtype=torch.uint8),
+                "absmax1": torch.zeros(2),
+                "absmax2": torch.zeros(2),
                 "qmap1": torch.linspace(-1, 1, 256),
                 "qmap2": create_dynamic_map(False),
             },
@@ -297,9 +287,11 @@ def step_adam(**lists):
         ),
     ],
 )
-def test_bad_native_arguments(lists, message):
+def test_bad_native_arguments(rule, state, message):
+    x, numbers = torch.zeros(300), ("lr", "beta1", "beta2", "beta3", "alpha", "eps", "weight_decay", "max_unorm")
+    states = [{"step": 1, "state1": x, "state2": x, **state}]
     with pytest.raises(ValueError, match=message):
-        step_adam(**lists)
+        optim_step(rule, [x], [x], states, **dict.fromkeys(numbers, 0.0))
 
 
 def test_empty_parameters_and_no_gradients():
