@@ -1,5 +1,6 @@
 #include "core/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -39,6 +40,20 @@ struct Job {
     }
 };
 
+// What a parallel region of OpenMP calls, in the runtimes of GNU, LLVM and Intel alike: the one that torch loaded, so
+// that its threads are ours. Null where torch has none.
+using Team = void (*)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
+
+Team openmp_team() {
+    static const auto team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return team;
+}
+
+// In a process forked from one that had loaded this library: torch's threads may be gone, and waiting for them endless.
+bool forked = false;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Threads of our own, which block between jobs.
 class Pool {
   public:
     static Pool& get() {
@@ -99,7 +114,13 @@ void parallel_for(int threads, int64_t count, int64_t grain, const std::function
     // About four ranges a thread: enough to even out, few enough to stay cheap.
     const int64_t step = std::max<int64_t>(1, grains / (workers * 4)) * grain;
     Job job(body, count, step);
-    Pool::get().run(job, static_cast<int>(workers - 1));
+    const Team team = openmp_team();
+    if (team && !forked) {
+        // All of torch's threads, though there be less work: a smaller team would end the rest of them.
+        team([](void* argument) { static_cast<Job*>(argument)->work(); }, &job, static_cast<unsigned>(threads), 0);
+    } else {
+        Pool::get().run(job, static_cast<int>(workers - 1));
+    }
     if (job.error) std::rethrow_exception(job.error);
 }
 

@@ -1,5 +1,6 @@
-// parallel_for over a small pool of our own threads. The caller says how many to use (torch's count), takes part
-// itself, and blocks (never spins) for the rest, so that the pool does not fight with torch's for the cores.
+// parallel_for over the threads of torch's own operators, in its OpenMP runtime: between two operators they wait awake
+// for a while, and threads of another pool would fight with them for the cores. Where there is no such runtime, and in
+// forked processes, over a pool of our own. The caller says how many threads to use (torch's count) and takes part.
 #pragma once
 #include <cstdint>
 #include <functional>

@@ -167,15 +167,17 @@ struct Simd::Table<float> {
     __m256 low, high;  // codes 0-7 and 8-15
     Table(__m256 low, __m256 high) : low(low), high(high) {}
 
-    void decode(const uint8_t* packed, Floats* out) const {
+    // Register r of the four that 16 bytes decode to.
+    Floats decode(const uint8_t* packed, int r) const {
         const Ints shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-        for (int r = 0; r < 4; ++r) {
-            int32_t four;
-            __builtin_memcpy(&four, packed + 4 * r, 4);
-            const Ints code = _mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);  // in the lowest 4 bits
-            const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
-            out[r] = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
-        }
+        int32_t four;
+        __builtin_memcpy(&four, packed + 4 * r, 4);
+        const Ints code = _mm256_srlv_epi32(_mm256_set1_epi32(four), shifts);  // in the lowest 4 bits
+        const Floats bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code), _mm256_permutevar8x32_ps(high, code), bit3);
+    }
+    void decode(const uint8_t* packed, Floats* out) const {
+        for (int r = 0; r < 4; ++r) out[r] = decode(packed, r);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

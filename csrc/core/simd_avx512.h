@@ -136,15 +136,16 @@ struct Simd::Table<float> {
     __m512 values;
     explicit Table(__m512 v) : values(v) {}
 
-    // 16 bytes to 32 floats.
-    void decode(const uint8_t* packed, Floats* out) const {
+    // Register r of the two that 16 bytes decode to.
+    Floats decode(const uint8_t* packed, int r) const {
         const Ints bytes = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)packed));
         // Byte j to dwords 2j and 2j + 1; the high nibble goes down in the even ones. The lookup uses 4 bits of each.
         const Ints low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-        const Ints high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-        const Ints shifts = _mm512_set1_epi64(4);
-        out[0] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, low), shifts), values);
-        out[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, high), shifts), values);
+        const Ints own = _mm512_add_epi32(low, _mm512_set1_epi32(8 * r)), shifts = _mm512_set1_epi64(4);
+        return _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_shuffle_epi8(bytes, own), shifts), values);
+    }
+    void decode(const uint8_t* packed, Floats* out) const {
+        for (int r = 0; r < 2; ++r) out[r] = decode(packed, r);
     }
     template <bool stream>
     void decode_to(const uint8_t* packed, float* out) const {

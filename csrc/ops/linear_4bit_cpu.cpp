@@ -1,6 +1,7 @@
 #include "ops/linear_4bit.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "core/dispatch.h"
@@ -14,6 +15,7 @@ namespace pyqlora::cpu {
 namespace {
 
 constexpr int kMaxRows = 8;  // of x, for one pass over W; more go through a matrix product
+constexpr int kGroup = 16;   // rows of W that take turns with the same columns of x
 
 }  // namespace
 
@@ -26,6 +28,7 @@ constexpr std::nullptr_t dot_packed = nullptr;
 template <class Q>
 constexpr std::nullptr_t dot_spread = nullptr;
 constexpr std::nullptr_t spread_row = nullptr;
+constexpr std::nullptr_t interleave_rows = nullptr;
 constexpr int64_t kWords = 1;
 
 }  // namespace
@@ -44,7 +47,7 @@ const float* as_floats(const TensorRef& t, std::unique_ptr<float[]>& owner) {
     return owner.get();
 }
 
-using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, float*);
+using DotPacked = void (*)(int, const float*, int64_t, const uint8_t*, const float*, int64_t, int64_t, int, float*);
 using DotSpread = float (*)(const float*, int64_t, const uint8_t*, const float*, int64_t);
 
 // One row of x: the weight's bytes pass through the registers once, and x with them.
@@ -92,25 +95,41 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     if (k % 32 == 0)
         dispatch_quant_type(a.type, [&](auto quant) { dot_packed = PYQLORA_SELECT(dot_packed<decltype(quant)>); });
     const bool spread = rows == 1 && k % a.blocksize == 0 && dot_packed;
+    std::unique_ptr<float, decltype(&std::free)> interleaved(nullptr, std::free);
+    if (dot_packed && !spread) {
+        void (*const interleave_rows)(const float*, int, int64_t, float*) = PYQLORA_SELECT(interleave_rows);
+        interleaved.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(rows * k * 4, 64) * 64)));
+        interleave_rows(x, rows, k, interleaved.get());
+    }
 
     dispatch_float<Half, BFloat16>(a.y.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         if (spread) return one_row<T>(a, scale, x, bias, update.get(), threads);
-        parallel_for(threads, a.n, std::max<int64_t>(1, (1 << 18) / k), [&](int64_t first, int64_t last) {
-            std::unique_ptr<float[]> row(dot_packed ? nullptr : new float[k]);
-            std::unique_ptr<float[]> scales(dot_packed ? new float[k / a.blocksize + 2] : nullptr);
+        auto store = [&](int64_t i, int64_t n, float y) {
+            if (bias) y += bias[n];
+            if (update) y += update[i * a.n + n];
+            a.y.as<T>()[i * a.n + n] = from_float<T>(y);
+        };
+        parallel_for(threads, a.n, std::max<int64_t>(kGroup, (1 << 18) / k), [&](int64_t first, int64_t last) {
+            if (dot_packed) {
+                std::unique_ptr<float[]> scales(new float[kGroup * k / a.blocksize + 2]);
+                float y[kMaxRows * kGroup];
+                for (int64_t n = first; n < last; n += kGroup) {
+                    const int count = static_cast<int>(std::min<int64_t>(kGroup, last - n));
+                    scale.range(n * k / a.blocksize, ceil_div((n + count) * k, a.blocksize), scales.get());
+                    dot_packed(rows, interleaved.get(), k, packed, scales.get(), a.blocksize, n, count, y);
+                    for (int i = 0; i < rows; ++i)
+                        for (int j = 0; j < count; ++j) store(i, n + j, y[i * kGroup + j]);
+                }
+                return;
+            }
+            std::unique_ptr<float[]> row(new float[k]);
             for (int64_t n = first; n < last; ++n) {
-                if (scales) scale.range(n * k / a.blocksize, ceil_div((n + 1) * k, a.blocksize), scales.get());
-                if (row) decode_4bit(packed, scale, a.type, a.blocksize, n * k, (n + 1) * k, row.get());
-                float y[kMaxRows];
-                if (dot_packed)
-                    dot_packed(rows, x, k, packed, scales.get(), a.blocksize, n, y);
-                else
-                    for (int i = 0; i < rows; ++i) products(x + i * k, row.get(), 1, k, y + i);
+                decode_4bit(packed, scale, a.type, a.blocksize, n * k, (n + 1) * k, row.get());
                 for (int i = 0; i < rows; ++i) {
-                    if (bias) y[i] += bias[n];
-                    if (update) y[i] += update[i * a.n + n];
-                    a.y.as<T>()[i * a.n + n] = from_float<T>(y[i]);
+                    float y;
+                    products(x + i * k, row.get(), 1, k, &y);
+                    store(i, n, y);
                 }
             }
         });

@@ -44,49 +44,72 @@ float dot_spread(const float* x, int64_t k, const uint8_t* row, const float* sca
     return Simd::sum(Simd::add(even, odd));
 }
 
-// y[m][row] for M rows of x and one row of W, K % 32 == 0: every chunk of 32 weights is decoded once, in registers.
-// `scales` are those of the row's blocks, from the one that its first element is in.
+// Rows of x with their registers in turn: rows k apart would meet in the same few sets of the nearest cache.
+inline void interleave_rows(const float* x, int rows, int64_t k, float* out) {
+    for (int64_t i = 0; i < k; i += Simd::width)
+        for (int m = 0; m < rows; ++m, out += Simd::width) Simd::store(out, Simd::load(x + m * k + i));
+}
+
+// y[m][j] for M interleaved rows of x and `count` rows of W from `row` on, K % 32 == 0: every chunk of 32 weights is decoded once, in
+// registers. The rows of W take turns with columns of x that stay in the nearest cache. `scales` are those of the rows'
+// blocks, from the one that the first element is in.
 template <class Q, int M>
 void dot_decoded(const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize, int64_t row,
-                 float* y) {
+                 int count, float* y) {
     // Enough independent sums to hide the latency of the multiply-add, within the registers there are.
     constexpr int sums = M == 1 ? Simd::registers : M <= 4 ? 2 : 1;
-    Simd::Floats sum[M][sums];
-    for (auto& s : sum)
-        for (auto& v : s) v = Simd::zero();
-    const uint8_t* bytes = packed + row * k / 2;
-    const float *column = x, *last = x + k;
-    int64_t left = blocksize - row * k % blocksize;  // of the row's first block, which may have begun in the row before
-    for (; column < last; left = blocksize) {
-        const auto table = Simd::table<Q, float>(*scales++);
-        __builtin_prefetch(bytes + 4096);  // a page ahead: the hardware stops at each page
-        const float* stop = std::min(column + left, last);
-        for (; column < stop; column += 32, bytes += 16) {
-            Simd::Floats w[Simd::registers];
-            table.decode(bytes, w);
+    constexpr int64_t columns = M <= 2 ? 1024 : M <= 4 ? 512 : 256;
+    alignas(64) Simd::Floats kept[kGroup][M][sums];
+    const int64_t first_block = row * k / blocksize;
+    for (int64_t column = 0; column < k; column += columns) {
+        const int64_t stop_column = std::min(column + columns, k);
+        // To this row's next turn; in the last one, to the first turn of the row that follows the group's.
+        const int64_t ahead = (column + columns < k ? columns : kGroup * k - column) / 2;
+        for (int j = 0; j < count; ++j) {
+            Simd::Floats sum[M][sums];
             for (int m = 0; m < M; ++m)
-                for (int r = 0; r < Simd::registers; ++r) {
-                    Simd::Floats& s = sum[m][r % sums];
-                    s = Simd::fma(w[r], Simd::load(column + m * k + Simd::width * r), s);
+                for (int s = 0; s < sums; ++s) sum[m][s] = column ? kept[j][m][s] : Simd::zero();
+            const int64_t element = (row + j) * k + column;
+            const float* scale = scales + element / blocksize - first_block;
+            const uint8_t* bytes = packed + element / 2;
+            const float *at = x + column * M, *last = x + stop_column * M;
+            int64_t left = blocksize - element % blocksize;  // of the first block, which may have begun before
+            auto table = Simd::table<Q, float>(*scale);
+            for (; at < last; at += 32 * M, bytes += 16, left -= 32) {
+                if (left == 0) {
+                    table = Simd::table<Q, float>(*++scale);
+                    left = blocksize;
                 }
+                __builtin_prefetch(bytes + ahead);
+                for (int r = 0; r < Simd::registers; ++r) {
+                    const Simd::Floats w = table.decode(bytes, r);
+                    for (int m = 0; m < M; ++m) {
+                        Simd::Floats& s = sum[m][r % sums];
+                        s = Simd::fma(w, Simd::load(at + (r * M + m) * Simd::width), s);
+                    }
+                }
+            }
+            for (int m = 0; m < M; ++m)
+                for (int s = 0; s < sums; ++s) kept[j][m][s] = sum[m][s];
         }
     }
-    for (int m = 0; m < M; ++m) {
-        for (int s = 1; s < sums; ++s) sum[m][0] = Simd::add(sum[m][0], sum[m][s]);
-        y[m] = Simd::sum(sum[m][0]);
-    }
+    for (int j = 0; j < count; ++j)
+        for (int m = 0; m < M; ++m) {
+            for (int s = 1; s < sums; ++s) kept[j][m][0] = Simd::add(kept[j][m][0], kept[j][m][s]);
+            y[m * kGroup + j] = Simd::sum(kept[j][m][0]);
+        }
 }
 
 template <class Q, int M>
 void dot_rows(int m, const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize,
-              int64_t row, float* y) {
-    if (m == M) return dot_decoded<Q, M>(x, k, packed, scales, blocksize, row, y);
-    if constexpr (M > 1) dot_rows<Q, M - 1>(m, x, k, packed, scales, blocksize, row, y);
+              int64_t row, int count, float* y) {
+    if (m == M) return dot_decoded<Q, M>(x, k, packed, scales, blocksize, row, count, y);
+    if constexpr (M > 1) dot_rows<Q, M - 1>(m, x, k, packed, scales, blocksize, row, count, y);
 }
 
-// Up to kMaxRows rows of x.
+// Up to kMaxRows rows of x and kGroup rows of W.
 template <class Q>
 void dot_packed(int m, const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize,
-                int64_t row, float* y) {
-    dot_rows<Q, kMaxRows>(m, x, k, packed, scales, blocksize, row, y);
+                int64_t row, int count, float* y) {
+    dot_rows<Q, kMaxRows>(m, x, k, packed, scales, blocksize, row, count, y);
 }

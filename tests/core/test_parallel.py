@@ -38,6 +38,20 @@ def test_callers_in_several_python_threads():
     assert not wrong
 
 
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch without OpenMP")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted in /proc")
+def test_the_threads_are_those_of_torch():
+    def threads():
+        return set(os.listdir("/proc/self/task"))
+
+    torch.zeros(1 << 22).add_(1)  # starts them
+    before = threads()
+    assert len(before) >= 4
+    for n in (1 << 18, 1 << 12, 1 << 18):  # a team for less work leaves the others alive
+        quantize_4bit(torch.randn(n), 64, "nf4")
+    assert threads() == before
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_starts_threads_of_its_own():
