@@ -78,8 +78,8 @@ def optim_step(
         "lr": lr, "beta1": beta1, "beta2": beta2, "beta3": beta3, "alpha": alpha, "eps": eps,
         "weight_decay": weight_decay, "max_unorm": max_unorm,
     }  # fmt: skip
-    left = module.optim_step(rule, params, grads, states, workspace, *hyper.values(), context)
     _increment_versions(params)  # for whoever kept one: autograd, lora_shared_cuda
+    left = module.optim_step(rule, params, grads, states, workspace, *hyper.values(), context)
     if left:  # tensors of other devices, and those that are not contiguous
         copies = [params[i].contiguous() for i in left]
         optim_step(rule, copies, [grads[i].contiguous() for i in left], [states[i] for i in left], **hyper)

@@ -21,6 +21,7 @@ from pyqlora.optim.states import WRAPPED, WRAPPER, convert, from_checkpoint, sta
 from pyqlora.quant_maps import create_dynamic_map
 
 PAGED = ("state1", "state2", "absmax1", "absmax2")
+Lists = tuple[list, ...]  # parallel: parameters first, then, in a step, their gradients and states
 
 
 class Optimizer8bit(torch.optim.Optimizer):
@@ -80,65 +81,67 @@ class Optimizer8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        by_pages: dict[Pages | None, list[tuple[dict[str, Any], list[Tensor], list[dict]]]] = {None: []}
+        by_pages: dict[Pages | None, list[tuple[dict[str, Any], Lists]]] = {None: []}
         for group_index, group in enumerate(self.param_groups):
-            configs = self._configs(group_index, group, [p for p in group["params"] if p.grad is not None])
-            states = [[self.state[p] for p in params] for _, params in configs]
+            pairs = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+            states = [self.state[p] for p, _ in pairs]
+            configs = self._configs(group_index, group, [p for p, _ in pairs], [grad for _, grad in pairs], states)
             self._add_states(
                 {
                     p: config
-                    for (config, params), some in zip(configs, states, strict=True)
-                    for p, state in zip(params, some, strict=True)
+                    for config, (params, _, states) in configs
+                    for p, state in zip(params, states, strict=True)
                     if "state1" not in state
                 }
             )
-            for (config, params), some in zip(configs, states, strict=True):
+            for config, lists in configs:
                 if self._pages:
-                    for part in _split(params, some, [self._pages.get(p) for p in params]):
-                        by_pages.setdefault(self._pages.get(part[0][0]), []).append((config, *part))
+                    for part in _split([self._pages.get(p) for p in lists[0]], lists):
+                        by_pages.setdefault(self._pages.get(part[0][0]), []).append((config, part))
                 else:
-                    by_pages[None].append((config, params, some))
-        for alike in by_pages.pop(None):
-            self._step_together(*alike)
+                    by_pages[None].append((config, lists))
+        for config, lists in by_pages.pop(None):
+            self._step_together(config, lists)
         for pages in in_turn(by_pages):
-            for alike in by_pages[pages]:
-                self._step_together(*alike, pages)
+            for config, lists in by_pages[pages]:
+                self._step_together(config, lists, pages)
         return loss
 
-    def _step_together(
-        self, config: dict[str, Any], params: list[Tensor], states: list[dict], pages: Pages | None = None
-    ) -> None:
+    def _step_together(self, config: dict[str, Any], lists: Lists, pages: Pages | None = None) -> None:
         """One native call, or one for each count of steps where a hyperparameter follows it."""
-        for state in states:
+        for state in lists[2]:
             state["step"] += 1
-        parts = [(params, states)]
+        parts = [lists]
         if config.get("t_alpha") or config.get("t_beta3"):
-            parts = _split(params, states, [state["step"] for state in states])
-        for params, states in parts:
+            parts = _split([state["step"] for state in lists[2]], lists)
+        for params, grads, states in parts:
             if pages is not None:
                 states = [{k: pages.on_device(v) if k in PAGED else v for k, v in state.items()} for state in states]
-            _step(self.optimizer_name, config, params, states)
+            _step(self.optimizer_name, config, params, grads, states)
 
     def _configs(
-        self, group_index: int, group: dict[str, Any], params: list[Tensor]
-    ) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """Some of the group's parameters by their configurations: the group's own, and those with overrides."""
+        self, group_index: int, group: dict[str, Any], params: list[Tensor], *more: list
+    ) -> list[tuple[dict[str, Any], Lists]]:
+        """Some of the group's parameters, and lists beside them, by their configurations: the group's own, and those
+        with overrides."""
         shared = {**vars(self.args), **{key: value for key, value in group.items() if key != "params"}}
         by_id, by_index = self.mng.pid2config, self.mng.index2config
         for module, name, config in self.mng.module_weight_config_triple:
             self.mng.remember(getattr(module, name), config)
+        lists = (params, *more)
         if not by_id and not by_index:
-            return [(shared, params)] if params else []
+            return [(shared, lists)] if params else []
         indices = {id(p): index for index, p in enumerate(group["params"])}
         plain, configs = [], []
-        for p in params:
+        for i, p in enumerate(params):
             overrides = {**by_index.get((group_index, indices[id(p)]), {}), **by_id.get(id(p), {})}
+            plain.append(not overrides)
             if overrides:
-                configs.append(({**shared, **overrides}, [p]))
+                configs.append(({**shared, **overrides}, tuple([own[i]] for own in lists)))
                 _check_config(configs[-1][0])
-            else:
-                plain.append(p)
-        return [(shared, plain), *configs] if plain else configs
+        if any(plain):
+            configs.insert(0, (shared, tuple(list(compress(own, plain)) for own in lists)))
+        return configs
 
     def _add_states(self, configs: dict[Tensor, dict[str, Any]]) -> None:
         """Zero states for parameters that have none: one mapping for all of them, if they are paged."""
@@ -222,7 +225,7 @@ class Optimizer8bit(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         configs, states = {}, {}
         for group_index, group in enumerate(self.param_groups):
-            for config, some in self._configs(group_index, group, group["params"]):
+            for config, (some,) in self._configs(group_index, group, group["params"]):
                 configs.update(dict.fromkeys(some, config))
         for index, p in zip(saved_ids, params, strict=True):
             if state_dict["state"].get(index):
@@ -327,12 +330,12 @@ class Optimizer1State(Optimizer8bit):
         )
 
 
-def _split(params: list[Tensor], states: list[dict], values: list[Any]) -> list[tuple[list[Tensor], list[dict]]]:
-    """The parameters and their states in lists of equal value."""
+def _split(values: list[Any], lists: Lists) -> list[Lists]:
+    """The lists' parts of equal value."""
     if not values or values.count(values[0]) == len(values):
-        return [(params, states)]
+        return [lists]
     masks = [[own == value for own in values] for value in dict.fromkeys(values)]
-    return [(list(compress(params, mask)), list(compress(states, mask))) for mask in masks]
+    return [tuple(list(compress(own, mask)) for own in lists) for mask in masks]
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -353,7 +356,9 @@ def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
     return create_dynamic_map(signed).to(device)
 
 
-def _step(optimizer_name: str, config: dict[str, Any], params: list[Tensor], states: list[dict]) -> None:
+def _step(
+    optimizer_name: str, config: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[dict]
+) -> None:
     """One native call. As in bitsandbytes, 8-bit states go without the limit on the update's norm."""
     beta1, beta2, beta3 = (*config["betas"], 0.0)[:3]
     alpha, step = config.get("alpha", 0.0), states[0]["step"]
@@ -366,7 +371,7 @@ def _step(optimizer_name: str, config: dict[str, Any], params: list[Tensor], sta
     optim_step(
         RULES[optimizer_name].name,
         params,
-        [p.grad for p in params],
+        grads,
         states,
         lr=float(config["lr"]),
         beta1=beta1,

@@ -264,7 +264,10 @@ def test_norms_against_float64(backend, rule):
         (lambda b: b.states[0].update(step=0), "steps: expected 1 or more, got 0"),
         (lambda b: b.grads.__setitem__(0, b.grads[0][:9]), "grads: expected 10 elements, got 9"),
         (lambda b: b.grads.__setitem__(0, b.grads[0].half()), "grads: expected float32, got float16"),
-        (lambda b: b.params.__setitem__(0, b.params[0].double()), "params: expected float32 or float16 or bfloat16, got"),
+        (
+            lambda b: b.params.__setitem__(0, b.params[0].double()),
+            "params: expected float32 or float16 or bfloat16, got",
+        ),
     ],
 )
 def test_arguments_are_checked(backend, change, message):
