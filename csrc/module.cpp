@@ -4,7 +4,6 @@
 
 #include "core/backend.h"
 #include "core/cpu_features.h"
-#include "core/output_memory.h"
 #include "ops/bind.h"
 
 namespace py = pybind11;
@@ -25,19 +24,6 @@ PYBIND11_MODULE(_C, m) {
         return names;
     });
 
-    using pyqlora::cpu::OutputMemory;
-    py::class_<OutputMemory>(cpu, "OutputMemory", py::buffer_protocol(), "Memory for one large result, as a buffer.")
-        .def(py::init([](int64_t bytes) {
-                 auto memory = OutputMemory::reuse(bytes);
-                 if (!memory) {
-                     py::gil_scoped_release others_may_run;
-                     memory = std::make_unique<OutputMemory>(bytes);
-                 }
-                 memory->count();
-                 return memory;
-             }),
-             py::arg("bytes"))
-        .def_buffer([](OutputMemory& m) { return py::buffer_info(static_cast<uint8_t*>(m.data()), m.bytes()); });
-
+    pyqlora::bind_output_memory(cpu);
     pyqlora::bind_operations(cpu, cuda);
 }

@@ -19,7 +19,7 @@ struct TorchNames {
     PyObject *f32, *f16, *bf16, *u8, *i32, *i64;
     PyObject *data_ptr, *shape, *stride, *dtype, *is_cpu, *device, *type, *index;
     PyTypeObject* tensor;
-    dlpack::FromPyObject dlpack;  // or null
+    const dlpack::ExchangeApi* dlpack;  // or null
 
     static const TorchNames& get() {
         static const TorchNames* names = new TorchNames(pybind11::module_::import("torch"));
@@ -35,7 +35,7 @@ struct TorchNames {
         data_ptr = intern("data_ptr"), shape = intern("shape"), stride = intern("stride"), dtype = intern("dtype");
         device = intern("device"), type = intern("type"), index = intern("index"), is_cpu = intern("is_cpu");
         tensor = reinterpret_cast<PyTypeObject*>(attr("Tensor"));
-        dlpack = dlpack::from_py_object(torch.attr("Tensor"));
+        dlpack = dlpack::exchange_api(torch.attr("Tensor"));
     }
 };
 
@@ -80,7 +80,7 @@ inline TensorRef tensor_ref(pybind11::handle t) {
     namespace py = pybind11;
     const TorchNames& n = TorchNames::get();
     TensorRef r;
-    if (n.dlpack && read_dlpack(n.dlpack, t.ptr(), r)) return r;
+    if (n.dlpack && n.dlpack->from_py_object && read_dlpack(n.dlpack->from_py_object, t.ptr(), r)) return r;
     r = TensorRef();
     auto own = [](PyObject* o) {
         if (!o) throw py::error_already_set();

@@ -1,8 +1,10 @@
-// One line per operation, for module.cpp and for the emulation's module.
+// One line per operation, for module.cpp and for the emulation's module; and what module.cpp alone binds.
 #pragma once
 #include <pybind11/pybind11.h>
 
 namespace pyqlora {
+
+void bind_output_memory(pybind11::module_& cpu);
 
 void bind_optim_step(pybind11::module_& cpu, pybind11::module_& cuda);
 void bind_paged(pybind11::module_& cpu, pybind11::module_& cuda);

@@ -50,9 +50,9 @@ inline void interleave_rows(const float* x, int rows, int64_t k, float* out) {
         for (int m = 0; m < rows; ++m, out += Simd::width) Simd::store(out, Simd::load(x + m * k + i));
 }
 
-// y[m][j] for M interleaved rows of x and `count` rows of W from `row` on, K % 32 == 0: every chunk of 32 weights is decoded once, in
-// registers. The rows of W take turns with columns of x that stay in the nearest cache. `scales` are those of the rows'
-// blocks, from the one that the first element is in.
+// y[m][j] for M interleaved rows of x and `count` rows of W from `row` on, K % 32 == 0: every chunk of 32 weights is
+// decoded once, in registers. The rows of W take turns with columns of x that stay in the nearest cache. `scales` are
+// those of the rows' blocks, from the one that the first element is in.
 template <class Q, int M>
 void dot_decoded(const float* x, int64_t k, const uint8_t* packed, const float* scales, int64_t blocksize, int64_t row,
                  int count, float* y) {

@@ -92,7 +92,8 @@ std::vector<size_t> step_together(Step optim_step, const OptimStepArgs& common, 
         }
         const py::handle state = PyList_GET_ITEM(states.ptr(), i);
         if (!PyDict_Check(state.ptr()))
-            bad_argument("optim_step", "states", "dictionaries", py::type::of(state).attr("__name__").cast<std::string>());
+            bad_argument("optim_step", "states", "dictionaries",
+                         py::type::of(state).attr("__name__").cast<std::string>());
         const bool quantized = static_cast<bool>(find(state, keys.absmax[0]));
         auto batch = std::find_if(batches.begin(), batches.end(), [&](const Batch& b) {
             return b.dtype == p.dtype && b.args.quantized() == quantized;
@@ -129,7 +130,9 @@ void bind(py::module_& m, Step optim_step) {
         [=](const std::string& rule, const py::list& params, const py::list& grads, const py::list& states,
             TensorRef workspace, double lr, double beta1, double beta2, double beta3, double alpha, double eps,
             double weight_decay, double max_unorm, int64_t context) {
-            OptimStepArgs common{optim_rule(rule), {lr, beta1, beta2, beta3, alpha, eps, weight_decay}};
+            OptimStepArgs common;
+            common.rule = optim_rule(rule);
+            common.hyper = {lr, beta1, beta2, beta3, alpha, eps, weight_decay};
             common.max_unorm = max_unorm;
             common.workspace = workspace;
             return step_together<Backend>(optim_step, common, params, grads, states, context);

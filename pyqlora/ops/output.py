@@ -24,5 +24,7 @@ def empty_output(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None =
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE_BYTES or not like.is_cpu:
         return like.new_empty(shape, dtype=dtype)
+    if (output := _C.cpu.output_tensor(tuple(shape), dtype)) is not None:
+        return output
     storage = torch.frombuffer(_C.cpu.OutputMemory(size), dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # not a view, which would refuse to be written to
