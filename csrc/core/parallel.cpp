@@ -45,8 +45,12 @@ struct Job {
 using Team = void (*)(void (*work)(void*), void* argument, unsigned threads, unsigned flags);
 
 Team openmp_team() {
-    static const auto team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    return team;
+    static void* const team = [] {
+        void* found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        void* torch = found ? nullptr : dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        return torch ? dlsym(torch, "GOMP_parallel") : found;
+    }();
+    return reinterpret_cast<Team>(team);
 }
 
 // In a process forked from one that had loaded this library: torch's threads may be gone, and waiting for them endless.
