@@ -28,17 +28,17 @@ def on_cpu(names: list[str], only: str, threads: int, rounds: int, file: Path | 
     for name in names:
         machine = harness.machine(threads)
         print("\n".join(f"{key}: {value}" for key, value in machine.items()))
-        print(f"\n## {name}\n\n{harness.HEADER}", flush=True)
+        print(f"\n## {name}\n\n{harness.header(threads)}", flush=True)
         results = []
         for case in importlib.import_module(f"benchmarks.bench_{name}").cases():
             if only not in case.name:
                 continue
             results.append(harness.measure(case, rounds))
-            print(harness.row(results[-1]), flush=True)
+            print(harness.row(results[-1], threads), flush=True)
         if not results:
             raise SystemExit(f"no case of {name} has {only!r} in its name")
         if file:
-            report.keep(file, name, machine, results)
+            report.keep(file, report.part(name, threads), machine, results)
     if readme:
         report.write(file)
 

@@ -62,25 +62,32 @@ def measure(case: Case, rounds: int) -> dict:
     return {"case": case.name, "runs": runs}
 
 
-HEADER = """| case | pyqlora ms | spread | wall ms | bitsandbytes ms | over bitsandbytes | torch dense ms | over dense |
-|---|---|---|---|---|---|---|---|"""
+PEERS = ("bitsandbytes", "torch dense")
 
 
-def row(result: dict) -> str:
-    """A table line; CPU milliseconds, a ratio above 1 where pyqlora is faster."""
+def header(threads: int) -> str:
+    """The head of a table, whose times are of the CPU, and with several threads also those on the wall."""
+    if threads == 1:
+        ours, peer = ["pyqlora ms", "spread", "wall ms"], ["{0} ms", "over {1}"]
+    else:
+        ours, peer = ["pyqlora CPU ms", "wall ms"], ["{0} CPU ms", "wall ms", "over {1}, CPU", "wall"]
+    cells = ["case", *ours, *(cell.format(name, name.split()[-1]) for name in PEERS for cell in peer)]
+    return "| " + " | ".join(cells) + " |\n|" + "---|" * len(cells)
+
+
+def row(result: dict, threads: int) -> str:
+    """A table line; a ratio above 1 where pyqlora is faster."""
     runs = result["runs"]
     ours = runs["pyqlora"]
-    cells = [
-        result["case"],
-        f"{ours['cpu_ms']:.3g}",
-        f"{ours['cpu_ms_min']:.3g}–{ours['cpu_ms_max']:.3g}",
-        f"{ours['wall_ms']:.3g}",
-    ]
-    for peer in ("bitsandbytes", "torch dense"):
+    times = ("cpu_ms",) if threads == 1 else ("cpu_ms", "wall_ms")
+    spread = [f"{ours['cpu_ms_min']:.3g}–{ours['cpu_ms_max']:.3g}"] if threads == 1 else []
+    cells = [result["case"], f"{ours['cpu_ms']:.3g}", *spread, f"{ours['wall_ms']:.3g}"]
+    for peer in PEERS:
         if peer in runs:
-            cells += [f"{runs[peer]['cpu_ms']:.3g}", f"{runs[peer]['cpu_ms'] / ours['cpu_ms']:.1f}x"]
+            cells += [f"{runs[peer][time]:.3g}" for time in times]
+            cells += [f"{runs[peer][time] / ours[time]:.1f}x" for time in times]
         else:
-            cells += ["–", "–"]
+            cells += ["–"] * 2 * len(times)
     return "| " + " | ".join(cells) + " |"
 
 

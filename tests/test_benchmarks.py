@@ -193,15 +193,15 @@ def test_reports_of_results(tmp_path):
     place = "before\n<!-- measured: {} -->\nold\n<!-- end -->\nafter\n"
     results.write_text(place.format("optim"))
     readme.write_text(place.format("optimizers") + place.format("steps"))
-    _, wanted = report.TABLES["optimizers"]
+    wanted, one = report.TABLES["optimizers"].cases, {"threads": "1"}
 
     def run(ms):
-        return {"cpu_ms": ms, "cpu_ms_min": ms, "cpu_ms_max": ms, "wall_ms": ms, "rounds": 3}
+        return {"cpu_ms": ms, "cpu_ms_min": ms, "cpu_ms_max": ms, "wall_ms": ms / 2, "rounds": 3}
 
     cases = [{"case": case, "runs": {"pyqlora": run(1234.5), "torch dense": run(617)}} for case in wanted]
     cases[0]["runs"]["bitsandbytes"] = run(24690)
-    report.keep(file, "optim", {"CPU": "one"}, [cases[0], {"case": cases[1]["case"], "runs": {}}])
-    report.keep(file, "optim", {"CPU": "another"}, cases[1:])
+    report.keep(file, "optim", one | {"CPU": "one"}, [cases[0], {"case": cases[1]["case"], "runs": {}}])
+    report.keep(file, "optim", one | {"CPU": "another"}, cases[1:])
     assert list(json.loads(file.read_text())) == ["optim"] and not (tmp_path / "cpu.tmp").exists()
     report.write(file, results, readme)
     assert "CPU: another\n" in results.read_text() and "old" not in results.read_text()
@@ -209,9 +209,33 @@ def test_reports_of_results(tmp_path):
     assert "| AdamW8bit | 1,234 | 24,690 | 20× | 617 | 0.5× |\n" in table
     assert "| PagedAdamW8bit | 1,234 | – | – | 617 | 0.5× |\n" in table
     assert rest == "\n" + place.format("steps")  # not all of its cases were measured
-    report.keep(file, "decode", {}, [])
+    report.keep(file, "decode", one, [])
     with pytest.raises(ValueError, match=r"RESULTS.md: no place for the table: <!-- measured: decode -->"):
         report.write(file, results, readme)
+
+
+def test_reports_of_two_threads(tmp_path):
+    """Beside those of one, with the wall's times."""
+    from benchmarks import report
+
+    file, results, readme = (tmp_path / name for name in ("cpu.json", "RESULTS.md", "README.md"))
+    names = [report.part("step", threads) for threads in (1, 2)]
+    results.write_text("".join(f"<!-- measured: {name} -->\n<!-- end -->\n" for name in names))
+    readme.write_text("<!-- measured: threads -->\n<!-- end -->\n")
+    for threads, name in enumerate(names, 1):
+        runs = {
+            implementation: {"cpu_ms": ms, "cpu_ms_min": ms, "cpu_ms_max": ms, "wall_ms": ms / threads**2, "rounds": 1}
+            for implementation, ms in (("pyqlora", 8.0), ("bitsandbytes", 32.0))
+        }
+        machine, cases = {"threads": str(threads)}, report.TABLES["threads"].cases
+        report.keep(file, name, machine, [{"case": case, "runs": runs} for case in cases])
+    report.write(file, results, readme)
+    first, second = results.read_text().split("<!-- end -->\n", 1)
+    assert "| step 4x256 fp32, each at its best | 8 | 8–8 | 8 | 32 | 4.0x | – | – |\n" in first
+    assert "| step 4x256 fp32, each at its best | 8 | 2 | 32 | 8 | 4.0x | 4.0x | – | – | – | – |\n" in second
+    for text in (first, second):
+        assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    assert "| training step, 4×256 tokens, fp32, each at its best | 2 | 8 | 4.0× | – | – |\n" in readme.read_text()
 
 
 def test_the_tables_are_those_of_the_results(tmp_path):
