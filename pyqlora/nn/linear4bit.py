@@ -62,7 +62,8 @@ class Linear4bit(Module4bit, torch.nn.Linear):
 
     def _casts(self, dtype: torch.dtype) -> bool:
         """Whether inputs of this dtype are cast."""
-        return self.compute_dtype not in (None, dtype) and dtype != torch.bfloat16
+        computed = self.compute_dtype
+        return computed is not None and computed is not dtype and dtype is not torch.bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x [..., K], in x's dtype.
@@ -72,7 +73,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         """
         state = self._state()
         dtype = x.dtype
-        if self._casts(dtype):
+        if casts := self._casts(dtype):
             x = x.to(self.compute_dtype)
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit's would cost a microsecond for every attribute
             y = linear_4bit(
@@ -84,7 +85,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
                 state.shape,
                 self._parameters["bias"],
             )
-        return y if y.dtype == dtype else y.to(dtype)
+        return y.to(dtype) if casts else y
 
     def forward_with_update(self, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor | None:
         """`forward(x)` plus scaling · (drop(x)·Aᵀ)·Bᵀ in one function; None where there is none for x.
