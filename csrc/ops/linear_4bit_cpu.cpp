@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "core/dispatch.h"
 #include "core/float16.h"
@@ -99,6 +100,7 @@ void few_rows(const Linear4bitArgs& a, const float* bias, int threads) {
     if (dot_packed && !spread) {
         void (*const interleave_rows)(const float*, int, int64_t, float*) = PYQLORA_SELECT(interleave_rows);
         interleaved.reset(static_cast<float*>(std::aligned_alloc(64, ceil_div(rows * k * 4, 64) * 64)));
+        if (!interleaved) throw std::bad_alloc();
         interleave_rows(x, rows, k, interleaved.get());
     }
 

@@ -47,7 +47,7 @@ def test_the_threads_are_those_of_torch():
     torch.zeros(1 << 22).add_(1)  # starts them
     before = threads()
     assert len(before) >= 4
-    for n in (1 << 18, 1 << 12, 1 << 18):  # a team for less work leaves the others alive
+    for n in (1 << 18, 1 << 17, 1 << 18):  # work for four threads, for two, which leaves the others alive, for four
         quantize_4bit(torch.randn(n), 64, "nf4")
     assert threads() == before
 
