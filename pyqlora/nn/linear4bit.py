@@ -73,7 +73,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
         """
         state = self._state()
         dtype = x.dtype
-        if casts := self._casts(dtype):
+        if self._casts(dtype):
             x = x.to(self.compute_dtype)
         with torch._C.DisableTorchFunctionSubclass():  # Params4bit's would cost a microsecond for every attribute
             y = linear_4bit(
@@ -85,7 +85,7 @@ class Linear4bit(Module4bit, torch.nn.Linear):
                 state.shape,
                 self._parameters["bias"],
             )
-        return y.to(dtype) if casts else y
+        return y if y.dtype is dtype else y.to(dtype)  # a library's product under autocast has autocast's dtype
 
     def forward_with_update(self, x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float) -> Tensor | None:
         """`forward(x)` plus scaling · (drop(x)·Aᵀ)·Bᵀ in one function; None where there is none for x.
