@@ -5,7 +5,7 @@
 
 namespace pyqlora::cpu {
 
-enum class Isa { scalar, avx2, avx512 };  // ascending; avx2 means AVX2+FMA+F16C, avx512 means F+BW+VL+DQ
+enum class Isa { scalar, avx2, avx512 };  // ascending; avx2 means AVX2+FMA+F16C+BMI2, avx512 means F+BW+VL+DQ
 
 const char* name(Isa isa);
 std::vector<Isa> supported_isas();      // of this machine, ascending
@@ -16,8 +16,8 @@ void set_isa(const std::string& text);  // for tests and benchmarks; "" goes bac
 // flags; it may run only after active_isa() said so. Standard headers must be included before such a region.
 #if defined(__x86_64__)
 #define PYQLORA_X86 1
-#define PYQLORA_AVX2 "avx2,fma,f16c"
-#define PYQLORA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+#define PYQLORA_AVX2 "avx2,fma,f16c,bmi2"
+#define PYQLORA_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 #define PYQLORA_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define PYQLORA_TARGET(isa) PYQLORA_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))

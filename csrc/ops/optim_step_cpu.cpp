@@ -10,6 +10,7 @@
 #include "core/float16.h"
 #include "core/parallel.h"
 #include "ops/optim_step.h"
+#include "ops/optim_step_avx512.h"
 #include "ops/optim_step_simd.h"
 
 namespace pyqlora::cpu {
@@ -92,32 +93,30 @@ class Step {
         T* p = a_.params[c.tensor].template as<T>();
         const T* g = a_.grads[c.tensor].template as<T>();
         for (int64_t i = c.begin; i < c.end; i += kStateBlock) {
-            alignas(64) float gradient[kStateBlock], parameter[kStateBlock], before[kStateBlock];
-            alignas(64) float values[Rule::states][kStateBlock];
-            float* s[3];
-            for (int k = 0; k < 3; ++k) s[k] = values[std::min(k, Rule::states - 1)];
+            alignas(64) float gradient[kStateBlock], parameter[kStateBlock];
+            Attempt attempt;
             const int64_t n = std::min(kStateBlock, c.end - i);
-            auto decode = [&] {
-                for (int k = 0; k < Rule::states; ++k)
-                    Isa::decode(*codes_[k], state<uint8_t>(c.tensor, k, i), *absmax(c.tensor, k, i / kStateBlock), s[k],
-                                n);
-            };
+            Coded coded[Rule::states];
+            for (int k = 0; k < Rule::states; ++k)
+                coded[k] = {codes_[k], state<uint8_t>(c.tensor, k, i), *absmax(c.tensor, k, i / kStateBlock)};
             const Chunk& ahead = i + n < c.end ? c : next;
             const int64_t at = i + n < c.end ? i + n : next.begin, size = std::min(kStateBlock, ahead.end - at);
             for (int k = 0; k < Rule::states; ++k) {
                 prefetch(state<uint8_t>(ahead.tensor, k, at), size);
                 prefetch(absmax(ahead.tensor, k, at / kStateBlock), 1);
             }
-            decode();
             prefetch(a_.grads[ahead.tensor].template as<T>() + at, size);
             const float* gs = floats(g + i, gradient, n);
             float* ps = floats(p + i, parameter, n);
             const Rule& rule = rules_[c.tensor];
-            uint32_t largest[3] = {};
-            Isa::template apply<Update::attempt>(rule, rule.size, gs, ps, ps, s, n, before, largest);
+            Isa::attempt(rule, rule.size, coded, gs, ps, attempt, n);
+            const auto pointers = attempt.pointers();
+            float* const* s = pointers.data();
+            uint32_t* largest = attempt.largest;
             if (*std::max_element(largest, largest + 3) > largest_finite) {
-                decode();
-                Isa::template apply<Update::step>(rule, rule.size, gs, before, ps, s, n);
+                for (int k = 0; k < Rule::states; ++k)
+                    Isa::decode(*coded[k].codes, coded[k].q, coded[k].absmax, s[k], n);
+                Isa::template apply<Update::step>(rule, rule.size, gs, attempt.before, ps, s, n);
                 for (int k = 0; k < Rule::states; ++k) largest[k] = bit_cast<uint32_t>(Isa::absmax(s[k], n));
             }
             if constexpr (!std::is_same_v<T, float>) Isa::copy(ps, p + i, n);
@@ -206,17 +205,23 @@ class Step {
     std::vector<Rule> rules_;
 };
 
+// The tables of a map, which take longer to build than some steps take: those of the last one are kept.
+const StateCodes& codes_of(const float* map, bool sign) {
+    thread_local std::optional<StateCodes> kept[2];
+    std::optional<StateCodes>& codes = kept[sign];
+    if (!codes || !std::equal(map, map + 256, codes->map)) codes.emplace(map, sign);
+    return *codes;
+}
+
 template <class Isa>
 void step(const OptimStepArgs& a, int threads) {
-    std::optional<StateCodes> codes1, codes2;
-    if (a.quantized()) codes1.emplace(a.qmap1.as<float>(), true);
-    if (a.qmap2.defined()) codes2.emplace(a.qmap2.as<float>(), false);
+    const StateCodes* codes1 = a.quantized() ? &codes_of(a.qmap1.as<float>(), true) : nullptr;
+    const StateCodes* codes2 = a.qmap2.defined() ? &codes_of(a.qmap2.as<float>(), false) : nullptr;
     if (a.params.empty()) return;
     dispatch_rule(a.rule, [&](auto rule) {
         dispatch_float<Half, BFloat16>(a.params[0].dtype, [&](auto type) {
             using Rule = typename decltype(rule)::type;
-            Step<Isa, Rule, typename decltype(type)::type>(a, codes1 ? &*codes1 : nullptr, codes2 ? &*codes2 : nullptr)
-                .run(threads);
+            Step<Isa, Rule, typename decltype(type)::type>(a, codes1, codes2).run(threads);
         });
     });
 }

@@ -30,7 +30,8 @@ class StateCodes {
     static constexpr uint32_t lowest = 0x34000000u, highest = 0x3f800000u;
 
     // `sign` says whether negative values occur: the signed map's 128 entries a side need one bit less.
-    StateCodes(const float* map, bool sign) : map(map), sign(sign), shift(sign ? 17 : 16) {
+    StateCodes(const float* given, bool sign) : sign(sign), shift(sign ? 17 : 16) {
+        std::copy_n(given, 256, map);
         for (int i = 0; i < 255; ++i) {
             const double middle = (static_cast<double>(map[i]) + map[i + 1]) / 2;
             float above = static_cast<float>(middle);
@@ -98,7 +99,7 @@ class StateCodes {
         }
     };
 
-    const float* map;
+    alignas(64) float map[256];
     bool sign;
     int shift;
     uint32_t buckets;

@@ -327,6 +327,22 @@ def test_other_maps_are_refused(signed):
         step("adam", batch)
 
 
+def test_a_maps_tables_are_not_taken_for_anothers():
+    """They are kept from call to call: a refused map leaves none behind, and a copy of a map has the same."""
+    first, second = (make_batch("adam", 8, torch.float32, [300]) for _ in range(2))
+    step("adam", first)
+    refused = make_batch("adam", 8, torch.float32, [300])
+    for key in ("qmap1", "qmap2"):
+        refused.states[0][key] = torch.linspace(-1, 1, 256)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="qmap1: expected the signed dynamic map"):
+            step("adam", refused)
+    second.states[0]["qmap1"] = second.states[0]["qmap1"].clone()
+    step("adam", second)
+    assert torch.equal(first.params[0], second.params[0])
+    assert torch.equal(first.states[0]["state1"], second.states[0]["state1"])
+
+
 def test_workspace_is_checked():
     batch = make_batch("lamb", 32, torch.float32, [NORM_CHUNK + 1])
     workspace, numbers = torch.empty(31, dtype=torch.uint8), (1e-2, 0.9, 0.99, 0.0, 0.0, 1e-8, 0.0, 1.0, 1)
