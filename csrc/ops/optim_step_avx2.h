@@ -188,11 +188,41 @@ struct Avx2 {
             code = _mm256_permutevar8x32_epi32(code, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
             if (sign) code = _mm256_sub_epi8(_mm256_set1_epi8(static_cast<char>(codes.zero)), code);
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), code);
-            // Too near a midpoint to tell by arithmetic: about one value in eight thousand.
+            // Maybe too near a midpoint to tell by arithmetic: about one value in eight thousand.
             const __m256i fraction = _mm256_and_si256(nearest, _mm256_set1_epi32(0xffff));
             const __m256i unsure = _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * Regions::margin), fraction);
-            for (unsigned left = _mm256_movemask_ps(_mm256_castsi256_ps(unsure)); left; left &= left - 1)
-                for (int64_t at = i + __builtin_ctz(left), r = 0; r < 4; ++r, at += 8) q[at] = codes(x[at] * factor);
+            if (_mm256_movemask_ps(_mm256_castsi256_ps(unsure))) look_up<sign>(codes, x + i, factor, q + i);
+        }
+    }
+
+    // Looks up those of 32 values that are too near a midpoint. 16 bits of a fraction are as small in the middle of
+    // most cells, where the map's own values lie: all states of a tensor without a gradient. The whole fraction tells
+    // them apart.
+    template <bool sign>
+    [[gnu::noinline]] static void look_up(const StateCodes& codes, const float* x, float factor, uint8_t* q) {
+        using Regions = StateCodes::Regions;
+        const Regions& regions = codes.regions;
+        const __m256i shifts =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(regions.shift)));
+        const __m256i nexts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(regions.next));
+        for (int i = 0; i < 32; i += 8) {
+            const __m256 y = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(factor));
+            const __m256i a = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(y), _mm256_set1_epi32(0x7fffffff)),
+                                               _mm256_set1_epi32(StateCodes::lowest));
+            __m256i shift = _mm256_shuffle_epi8(shifts, _mm256_srli_epi32(a, 24));
+            shift = _mm256_add_epi32(shift, _mm256_cmpgt_epi32(a, _mm256_permutevar8x32_epi32(nexts, shift)));
+            const __m256 slope = _mm256_permutevar8x32_ps(_mm256_loadu_ps(regions.slope), shift);
+            const __m256i significand =
+                _mm256_castps_si256(_mm256_fmadd_ps(_mm256_castsi256_ps(a), slope, _mm256_set1_ps(Regions::offset)));
+            // From 2 up digits count double.
+            shift = _mm256_add_epi32(shift, _mm256_cmpgt_epi32(significand, _mm256_set1_epi32(Regions::below_two)));
+            const __m256i rank = _mm256_sllv_epi32(_mm256_set1_epi32(-1), shift);  // ones where the rank lies
+            const __m256i unsure =
+                _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * Regions::margin), _mm256_andnot_si256(rank, significand));
+            for (unsigned left = _mm256_movemask_ps(_mm256_castsi256_ps(unsure)); left; left &= left - 1) {
+                const int at = i + __builtin_ctz(left);
+                q[at] = codes(x[at] * factor);
+            }
         }
     }
 };

@@ -94,7 +94,9 @@ class StateCodes {
             int s = shift[a >> 24 & 15];
             s -= static_cast<int32_t>(a) > next[s & 7];
             const auto significand = bit_cast<uint32_t>(fmaf(as_float(a), slope[s & 7], offset));
-            if ((significand & 0xffffu) < 2 * margin) return -1;
+            const uint32_t fraction =
+                significand & ((1u << (s - (significand > below_two))) - 1);  // from 2 up digits count double
+            if (fraction < 2 * margin) return -1;
             return std::max(static_cast<int>((std::min(significand, below_two) - one) >> s) - first, 0);
         }
     };
