@@ -105,9 +105,9 @@ class QuantState:
 
     def scales(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]:
         """(absmax, nested_absmax, nested_code, offset, nested_blocksize), as `pyqlora.ops` takes them."""
-        if self.state2 is None:
+        if (nested := self.state2) is None:
             return self.absmax, None, None, None, NESTED_BLOCKSIZE
-        return self.absmax, self.state2.absmax, self.state2.code, self.offset, self.state2.blocksize
+        return self.absmax, nested.absmax, nested.code, self.offset, nested.blocksize
 
     def as_dict(self, packed: bool = False) -> dict[str, Any]:
         """The state as a dictionary, by the names of a bitsandbytes checkpoint.

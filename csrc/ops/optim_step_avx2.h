@@ -41,8 +41,8 @@ struct Avx2 {
         for (; i + 8 <= n; i += 8) _mm256_storeu_ps(x + i, _mm256_mul_ps(decode8(codes.map, q + i), scale));
         Scalar::decode(codes, q + i, absmax, x + i, n - i);
     }
-    // Eight elements at a time. The states of the next eight are decoded before, in what time the division leaves. The
-    // compiler vectorizes the inner loop and keeps its arrays in registers.
+    // Eight elements at a time: the next eight are decoded while the update of these waits for its root and its
+    // division. The compiler vectorizes the inner loop and keeps its arrays in registers.
     template <class Rule>
     static void attempt(const Rule& given, float size, const Coded* coded, const float* g, float* p, Attempt& to,
                         int64_t n) {
@@ -135,7 +135,7 @@ struct Avx2 {
         return x;
     }
     // A rotation goes to another register without a copy. Hidden from the compiler, which would shift the whole word
-    // anew for every code.
+    // anew for every code; volatile, for it would mix the look-ups of two states and run out of registers.
     static void next_codes(uint64_t& codes) {
         codes = codes >> 16 | codes << 48;
         asm volatile("" : "+r"(codes));
@@ -191,14 +191,13 @@ struct Avx2 {
             // Maybe too near a midpoint to tell by arithmetic: about one value in eight thousand.
             const __m256i fraction = _mm256_and_si256(nearest, _mm256_set1_epi32(0xffff));
             const __m256i unsure = _mm256_cmpgt_epi32(_mm256_set1_epi32(2 * Regions::margin), fraction);
-            if (_mm256_movemask_ps(_mm256_castsi256_ps(unsure))) look_up<sign>(codes, x + i, factor, q + i);
+            if (_mm256_movemask_ps(_mm256_castsi256_ps(unsure))) look_up(codes, x + i, factor, q + i);
         }
     }
 
     // Looks up those of 32 values that are too near a midpoint. 16 bits of a fraction are as small in the middle of
     // most cells, where the map's own values lie: all states of a tensor without a gradient. The whole fraction tells
     // them apart.
-    template <bool sign>
     [[gnu::noinline]] static void look_up(const StateCodes& codes, const float* x, float factor, uint8_t* q) {
         using Regions = StateCodes::Regions;
         const Regions& regions = codes.regions;
