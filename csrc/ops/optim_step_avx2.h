@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "ops/optim_step_simd.h"
+
 namespace pyqlora::cpu {
 namespace {
 
@@ -61,11 +62,13 @@ struct Avx2 {
         auto decode_next = [&](int64_t i) {
             for (int k = 0; k < states; ++k) next[k] = _mm256_mul_ps(decode8(map[k], q[k] + i), scale[k]);
         };
-        auto update = [&](int64_t i, const __m256* decoded) {
+        if (whole) decode_next(0);
+        for (int64_t i = 0; i < whole; i += width) {
             alignas(32) float state[states][width], gradient[width], from[width], updated[width];
-            for (int k = 0; k < states; ++k) _mm256_store_ps(state[k], decoded[k]);
+            for (int k = 0; k < states; ++k) _mm256_store_ps(state[k], next[k]);
             _mm256_store_ps(gradient, _mm256_loadu_ps(g + i));
             _mm256_store_ps(from, _mm256_loadu_ps(p + i));
+            if (i + width < whole) decode_next(i + width);
             for (int j = 0; j < width; ++j) {
                 float values[states], u;
                 for (int k = 0; k < states; ++k) values[k] = state[k][j];
@@ -80,19 +83,8 @@ struct Avx2 {
                 tops[k] =
                     _mm256_max_epu32(tops[k], _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
             }
-        };
-        if (whole) {
-            decode_next(0);
-#pragma GCC unroll 2
-            for (int64_t i = 0; i < whole - width; i += width) {
-                __m256 decoded[states];
-                for (int k = 0; k < states; ++k) decoded[k] = next[k];
-                decode_next(i + width);
-                update(i, decoded);
-            }
-            update(whole - width, next);
         }
-        rest(rule, size, coded, g, p, to, whole, n);
+        attempt_in_turn<Scalar>(rule, size, coded, g, p, to, n, whole);
         for (int k = 0; k < states; ++k) {
             alignas(32) uint32_t top[width];
             _mm256_store_si256(reinterpret_cast<__m256i*>(top), tops[k]);
@@ -106,17 +98,6 @@ struct Avx2 {
     }
 
   private:
-    // The elements from `begin` on.
-    template <class Rule>
-    static void rest(const Rule& rule, float size, const Coded* coded, const float* g, float* p, Attempt& to,
-                     int64_t begin, int64_t n) {
-        Coded tail[Rule::states];
-        float* s[3];
-        for (int k = 0; k < Rule::states; ++k) tail[k] = {coded[k].codes, coded[k].q + begin, coded[k].absmax};
-        for (int k = 0; k < 3; ++k) s[k] = to.states[k] + begin;
-        attempt_in_turn<Scalar>(rule, size, tail, g + begin, p + begin, s, n - begin, to.before + begin, to.largest);
-    }
-
     // Scalar look-ups: gather instructions have been made slow by microcode on many CPUs. Each is an instruction for
     // the code and one that loads the float to its place.
     static __m256 decode8(const float* map, const uint8_t* q) {

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "ops/optim_step_avx2.h"
+
 namespace pyqlora::cpu {
 namespace {
 
@@ -18,7 +19,7 @@ struct Avx512 : Avx2 {
     template <class Rule>
     static void attempt(const Rule& rule, float size, const Coded* coded, const float* g, float* p, Attempt& to,
                         int64_t n) {
-        attempt_in_turn<Avx512>(rule, size, coded, g, p, to.pointers().data(), n, to.before, to.largest);
+        attempt_in_turn<Avx512>(rule, size, coded, g, p, to, n);
     }
     static void decode(const StateCodes& codes, const uint8_t* q, float absmax, float* x, int64_t n) {
         static const auto decode64 = __builtin_cpu_supports("avx512vbmi") ? decode_bytes : decode_floats;

@@ -110,8 +110,7 @@ class Step {
             float* ps = floats(p + i, parameter, n);
             const Rule& rule = rules_[c.tensor];
             Isa::attempt(rule, rule.size, coded, gs, ps, attempt, n);
-            const auto pointers = attempt.pointers();
-            float* const* s = pointers.data();
+            float* const s[3] = {attempt.states[0], attempt.states[1], attempt.states[2]};
             uint32_t* largest = attempt.largest;
             if (*std::max_element(largest, largest + 3) > largest_finite) {
                 for (int k = 0; k < Rule::states; ++k)

@@ -2,7 +2,6 @@
 // 8-bit states to floats and back.
 #pragma once
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -83,16 +82,17 @@ struct Coded {
 struct Attempt {
     alignas(64) float states[3][kStateBlock], before[kStateBlock];
     uint32_t largest[3] = {};
-
-    std::array<float*, 3> pointers() { return {states[0], states[1], states[2]}; }
 };
 
-// Decodes the states of a run of elements to `s` and attempts the update of its parameters.
+// Decodes the states of a block's elements from `begin` on, then attempts their update.
 template <class Isa, class Rule>
-void attempt_in_turn(const Rule& rule, float size, const Coded* coded, const float* g, float* p, float* const* s,
-                     int64_t n, float* before, uint32_t* largest) {
-    for (int k = 0; k < Rule::states; ++k) Isa::decode(*coded[k].codes, coded[k].q, coded[k].absmax, s[k], n);
-    Isa::template apply<Update::attempt>(rule, size, g, p, p, s, n, before, largest);
+void attempt_in_turn(const Rule& rule, float size, const Coded* coded, const float* g, float* p, Attempt& to, int64_t n,
+                     int64_t begin = 0) {
+    float* const s[3] = {to.states[0] + begin, to.states[1] + begin, to.states[2] + begin};
+    for (int k = 0; k < Rule::states; ++k)
+        Isa::decode(*coded[k].codes, coded[k].q + begin, coded[k].absmax, s[k], n - begin);
+    Isa::template apply<Update::attempt>(rule, size, g + begin, p + begin, p + begin, s, n - begin, to.before + begin,
+                                         to.largest);
 }
 
 [[gnu::always_inline]] inline float largest_magnitude(const float* x, int64_t n) {
@@ -115,7 +115,7 @@ struct Scalar {
     template <class Rule>
     static void attempt(const Rule& rule, float size, const Coded* coded, const float* g, float* p, Attempt& to,
                         int64_t n) {
-        attempt_in_turn<Scalar>(rule, size, coded, g, p, to.pointers().data(), n, to.before, to.largest);
+        attempt_in_turn<Scalar>(rule, size, coded, g, p, to, n);
     }
     template <class From, class To>
     static void copy(const From* from, To* to, int64_t n) {
